@@ -1,0 +1,140 @@
+//! What the kernel holds for a cell, as keys and contents, and a step from one state to another.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use crate::address::{DeviceName, HardwareAddr, OverlayAddr, UnderlayAddr};
+use crate::link::LinkSpec;
+use crate::subnet::{OverlayNetwork, OverlaySubnet};
+
+/// The identity of a kernel object. Ordered as objects are created; deletions run the other way.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    /// The cell's VXLAN device.
+    Vtep,
+    /// One other cell's subnet: a route, a permanent neighbour and a permanent FDB entry.
+    Peer(OverlaySubnet),
+    /// One container's veth pair.
+    Link(OverlayAddr),
+    /// Something on our VTEP that belongs to no peer. Seen, never wanted.
+    Stray(Stray),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stray {
+    /// A route through a gateway on the VTEP.
+    Route { dst: OverlaySubnet, gateway: Ipv4Addr },
+    /// An ARP entry on the VTEP.
+    Neighbour(Ipv4Addr),
+    /// A forwarding entry of the VTEP.
+    Forward(HardwareAddr),
+}
+
+/// The content of a kernel object.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Object {
+    Vtep(VtepSpec),
+    Peer(PeerSpec),
+    Link(LinkSpec),
+}
+
+/// The VXLAN device: VNI 1, group-based policy on, learning off, up, with the subnet's first address on it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct VtepSpec {
+    pub name: DeviceName,
+    /// UDP port of the overlay.
+    pub port: u16,
+    pub local: UnderlayAddr,
+    /// Index of the device that owns `local`.
+    pub device: u32,
+    pub mac: HardwareAddr,
+    pub mtu: u32,
+    pub addr: Ipv4Addr,
+    /// The address is given with the whole overlay's prefix length, so that every gateway is on the link.
+    pub overlay: OverlayNetwork,
+}
+
+impl VtepSpec {
+    /// Whether the device must be made anew to become the other: these cannot be changed in place.
+    pub fn same_device(&self, other: &Self) -> bool {
+        (&self.name, self.port, self.local, self.device, self.mac)
+            == (&other.name, other.port, other.local, other.device, other.mac)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PeerSpec {
+    pub subnet: OverlaySubnet,
+    pub underlay: UnderlayAddr,
+    pub mac: HardwareAddr,
+    /// Source address of the cell's own packets to that subnet: our VTEP's.
+    pub source: Ipv4Addr,
+}
+
+/// What is believed of an object. A key that is not in the map is surely absent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Belief {
+    Holds(Object),
+    /// There may be something, whole or not: the next step lays it anew, or removes it.
+    Unknown,
+}
+
+/// What was read from the kernel. A key that is not in the map was not there.
+pub type Seen = BTreeMap<Key, Belief>;
+
+/// One change of one object. `will: None` deletes; `was: None` creates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub key: Key,
+    pub was: Option<Belief>,
+    pub will: Option<Object>,
+}
+
+/// The changes of one wave, in order: what is laid before what is taken away, so that no change of one cell's
+/// lease takes a working route from another.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Step {
+    pub lay: Vec<Change>,
+    pub remove: Vec<Change>,
+}
+
+impl Step {
+    pub fn is_empty(&self) -> bool {
+        self.lay.is_empty() && self.remove.is_empty()
+    }
+
+    pub fn changes(&self) -> impl Iterator<Item = &Change> {
+        self.lay.iter().chain(&self.remove)
+    }
+}
+
+/// How a step went: what failed, and why. All other changes were acknowledged by the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Outcome {
+    pub failed: BTreeMap<Key, String>,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vtep => write!(f, "vtep"),
+            Self::Peer(subnet) => write!(f, "peer {subnet}"),
+            Self::Link(addr) => write!(f, "link {addr}"),
+            Self::Stray(Stray::Route { dst, gateway }) => write!(f, "stray route {dst} via {gateway}"),
+            Self::Stray(Stray::Neighbour(addr)) => write!(f, "stray neighbour {addr}"),
+            Self::Stray(Stray::Forward(mac)) => write!(f, "stray forwarding entry {mac}"),
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = match (&self.was, &self.will) {
+            (None, Some(_)) => "create",
+            (Some(_), Some(_)) => "change",
+            (_, None) => "delete",
+        };
+        write!(f, "{verb} {}", self.key)
+    }
+}

@@ -1,0 +1,81 @@
+//! Containers as the platform names them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::address::{DeviceName, NotValid, OverlayAddr};
+
+/// Garden's name of a container, CNI's container id: starts with a letter or digit, then letters, digits,
+/// `_`, `.` and `-` (CNI 1.1.0, CNI_CONTAINERID). At most 255 bytes, so that it fits a file name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Handle(String);
+
+impl Handle {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Handle {
+    type Err = NotValid;
+
+    fn from_str(text: &str) -> Result<Self, NotValid> {
+        let starts = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        let clean = text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
+        if starts && clean && text.len() <= 255 {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(NotValid::new(
+                "a container id (a letter or digit, then letters, digits, `_`, `.`, `-`; at most 255 bytes)",
+                text,
+            ))
+        }
+    }
+}
+
+impl TryFrom<String> for Handle {
+    type Error = NotValid;
+
+    fn try_from(text: String) -> Result<Self, NotValid> {
+        text.parse()
+    }
+}
+
+impl From<Handle> for String {
+    fn from(handle: Handle) -> Self {
+        handle.0
+    }
+}
+
+impl fmt::Display for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Whose container it is, from the `metadata` that garden-external-networker passes. All fields may be
+/// empty: Diego's health checks have none.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Owner {
+    pub app_id: String,
+    pub space_id: String,
+    pub org_id: String,
+    pub container_workload: String,
+}
+
+/// A container on this cell: what was asked for, and the address it got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    pub handle: Handle,
+    pub addr: OverlayAddr,
+    /// The interface's name inside the container: CNI_IFNAME.
+    pub interface: DeviceName,
+    /// Bytes of the largest IP packet on the container's link.
+    pub mtu: u32,
+    #[serde(default)]
+    pub owner: Owner,
+}
