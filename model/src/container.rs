@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::address::{DeviceName, NotValid, OverlayAddr};
 
 /// Garden's name of a container, CNI's container id: starts with a letter or digit, then letters, digits,
-/// `_`, `.` and `-` (CNI 1.1.0, CNI_CONTAINERID). At most 255 bytes, so that it fits a file name.
+/// `_`, `.` and `-` (CNI 1.1.0, CNI_CONTAINERID). At most 239 bytes, so that it fits a file name
+/// and, behind an interface's name, a device's alias.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Handle(String);
@@ -25,11 +26,11 @@ impl FromStr for Handle {
     fn from_str(text: &str) -> Result<Self, NotValid> {
         let starts = text.starts_with(|c: char| c.is_ascii_alphanumeric());
         let clean = text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
-        if starts && clean && text.len() <= 255 {
+        if starts && clean && text.len() <= 239 {
             Ok(Self(text.to_owned()))
         } else {
             Err(NotValid::new(
-                "a container id (a letter or digit, then letters, digits, `_`, `.`, `-`; at most 255 bytes)",
+                "a container id (a letter or digit, then letters, digits, `_`, `.`, `-`; at most 239 bytes)",
                 text,
             ))
         }

@@ -44,11 +44,10 @@ impl LinkSpec {
         HardwareAddr::from_ipv4(0xee, self.addr.get())
     }
 
-    /// The host end's alias (IFLA_IFALIAS, at most 255 bytes): `<interface> <handle>`.
+    /// The host end's alias (IFLA_IFALIAS, at most 255 bytes): `<interface> <handle>`. Tells people whose link
+    /// it is, and lets the node recognise its containers even if its journal was lost.
     pub fn alias(&self) -> String {
-        let mut alias = format!("{} {}", self.interface, self.handle);
-        alias.truncate(255);
-        alias
+        format!("{} {}", self.interface, self.handle)
     }
 
     /// Index of both ends in their namespaces. Chosen by us, so that a link and all that is on it goes to the

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 
 use crate::address::{DeviceName, HardwareAddr, OverlayAddr, UnderlayAddr};
 use crate::link::LinkSpec;
+use crate::reason::Reason;
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
 
 /// The identity of a kernel object. Ordered as objects are created; deletions run the other way.
@@ -112,7 +113,7 @@ impl Step {
 /// How a step went: what failed, and why. All other changes were acknowledged by the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Outcome {
-    pub failed: BTreeMap<Key, String>,
+    pub failed: BTreeMap<Key, Reason>,
 }
 
 impl fmt::Display for Key {

@@ -1,0 +1,133 @@
+//! The containers of a cell and the addresses they hold, as a fold over records.
+//!
+//! The same records that change the roster are written to the journal, so replaying the journal gives the same
+//! roster, the order of free addresses included.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::address::OverlayAddr;
+use crate::container::{Container, Handle};
+use crate::ipam::Ipam;
+use crate::subnet::OverlaySubnet;
+
+/// One change of the roster: what the journal holds, line by line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Record {
+    /// The container is wanted, and holds its address.
+    Present(Arc<Container>),
+    /// The container is wanted no more; its link may still be there, so name and address stay taken.
+    Leaving(Handle),
+    /// The link with this address is gone from the kernel. The address rests until its connections are gone too.
+    Resting(OverlayAddr),
+    /// The address may be given to another container.
+    Free(OverlayAddr),
+}
+
+/// What a container is to the cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Presence {
+    Present,
+    /// Its link vanished without a delete, as when its namespace died. Only a delete ends it.
+    Lost,
+    Leaving,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Roster {
+    containers: BTreeMap<Handle, (Arc<Container>, Presence)>,
+    by_addr: BTreeMap<OverlayAddr, Handle>,
+    resting: BTreeSet<OverlayAddr>,
+    /// Freed since the journal began, oldest first: the tail of the queue of free addresses.
+    freed: Vec<OverlayAddr>,
+    ipam: Ipam,
+}
+
+impl Roster {
+    /// Records that do not fit, such as the end of a container that is not there, change nothing.
+    pub fn apply(&mut self, record: &Record) {
+        match record {
+            Record::Present(container) => {
+                if !self.containers.contains_key(&container.handle) && self.ipam.take(container.addr) {
+                    self.freed.retain(|addr| *addr != container.addr);
+                    self.by_addr.insert(container.addr, container.handle.clone());
+                    self.containers
+                        .insert(container.handle.clone(), (Arc::clone(container), Presence::Present));
+                }
+            }
+            Record::Leaving(handle) => {
+                if let Some((_, presence)) = self.containers.get_mut(handle) {
+                    *presence = Presence::Leaving;
+                }
+            }
+            Record::Resting(addr) => {
+                if let Some(handle) = self.by_addr.remove(addr) {
+                    self.containers.remove(&handle);
+                }
+                self.ipam.take(*addr);
+                self.resting.insert(*addr);
+            }
+            Record::Free(addr) => {
+                if !self.by_addr.contains_key(addr) {
+                    self.resting.remove(addr);
+                    self.ipam.take(*addr);
+                    self.ipam.free_again(*addr);
+                    self.freed.retain(|freed| freed != addr);
+                    self.freed.push(*addr);
+                }
+            }
+        }
+    }
+
+    /// The subnet whose addresses containers get. Those of an earlier one stay with their containers.
+    pub fn lease(&mut self, subnet: Option<OverlaySubnet>) {
+        self.ipam.lease(subnet);
+        for addr in &self.freed {
+            self.ipam.used(*addr);
+        }
+    }
+
+    /// The shortest journal that gives this roster.
+    pub fn records(&self) -> impl Iterator<Item = Record> {
+        let freed = self.freed.iter().map(|addr| Record::Free(*addr));
+        let resting = self.resting.iter().map(|addr| Record::Resting(*addr));
+        let containers = self.containers.values().flat_map(|(container, presence)| {
+            let left = (*presence == Presence::Leaving).then(|| Record::Leaving(container.handle.clone()));
+            [Some(Record::Present(Arc::clone(container))), left].into_iter().flatten()
+        });
+        freed.chain(resting).chain(containers)
+    }
+
+    pub fn get(&self, handle: &Handle) -> Option<(&Arc<Container>, Presence)> {
+        self.containers.get(handle).map(|(container, presence)| (container, *presence))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&Arc<Container>, Presence)> {
+        self.containers.values().map(|(container, presence)| (container, *presence))
+    }
+
+    pub fn with_addr(&self, addr: OverlayAddr) -> Option<(&Arc<Container>, Presence)> {
+        self.by_addr.get(&addr).and_then(|handle| self.get(handle))
+    }
+
+    pub fn ipam(&self) -> &Ipam {
+        &self.ipam
+    }
+
+    /// Addresses whose connections have still to be forgotten.
+    pub fn resting(&self) -> &BTreeSet<OverlayAddr> {
+        &self.resting
+    }
+
+    /// Not a record: after a restart the audit finds out again.
+    pub fn set_lost(&mut self, handle: &Handle, lost: bool) {
+        if let Some((_, presence)) = self.containers.get_mut(handle)
+            && *presence != Presence::Leaving
+        {
+            *presence = if lost { Presence::Lost } else { Presence::Present };
+        }
+    }
+}
