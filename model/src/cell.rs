@@ -76,6 +76,8 @@ pub struct Cell {
     wanted: BTreeMap<Key, Object>,
     believed: BTreeMap<Key, Belief>,
     touched: BTreeSet<Key>,
+    /// Links of containers added since the last step: absent, but not lost.
+    unborn: BTreeSet<OverlayAddr>,
     records: Vec<Record>,
 }
 
@@ -90,6 +92,7 @@ impl Cell {
             wanted: BTreeMap::new(),
             believed: BTreeMap::new(),
             touched: BTreeSet::new(),
+            unborn: BTreeSet::new(),
             records: Vec::new(),
         }
     }
@@ -123,8 +126,8 @@ impl Cell {
         }
     }
 
-    /// The cell's own lease and the others'. Of two with one subnet the one at the higher address is left out: a
-    /// table that holds both is about to change.
+    /// The cell's own lease and the others'. Of those that overlap one is kept: a table that holds more is about to
+    /// change.
     pub fn leases(&mut self, own: Option<Lease>, peers: &Peers) {
         if self.inputs.lease != own {
             self.inputs.lease = own;
@@ -132,8 +135,15 @@ impl Cell {
             self.replan_all();
         }
         let mut by_subnet = BTreeMap::new();
-        for lease in peers.values() {
-            by_subnet.entry(lease.subnet).or_insert(*lease);
+        let mut end = None;
+        let mut sorted: Vec<&Lease> = peers.values().collect();
+        sorted.sort_by_key(|lease| (lease.subnet.bounds(), lease.underlay));
+        for lease in sorted {
+            let (first, last) = lease.subnet.bounds();
+            if end.is_none_or(|end| end < first) {
+                by_subnet.insert(lease.subnet, *lease);
+                end = Some(last);
+            }
         }
         let before = mem::replace(&mut self.inputs.peers, by_subnet);
         let differs = |subnet: &_| before.get(subnet) != self.inputs.peers.get(subnet);
@@ -189,6 +199,7 @@ impl Cell {
             owner: wanted.owner,
         });
         self.record(Record::Present(Arc::clone(&container)));
+        self.unborn.insert(addr);
         self.replan(Unit::Container(container.handle.clone()));
         Ok(container)
     }
@@ -203,6 +214,7 @@ impl Cell {
         if self.believed.contains_key(&Key::Link(addr)) {
             return Dropped::Leaving(addr);
         }
+        self.unborn.remove(&addr);
         self.record(Record::Resting(addr));
         Dropped::Absent
     }
@@ -320,6 +332,9 @@ impl Cell {
     pub fn settle(&mut self, step: &Step, outcome: &Outcome) -> Vec<Fault> {
         let mut faults = Vec::new();
         for Change { key, will, .. } in step.changes() {
+            if let Key::Link(addr) = key {
+                self.unborn.remove(addr);
+            }
             if let Some(why) = outcome.failed.get(key) {
                 self.believed.insert(key.clone(), Belief::Unknown);
                 self.touched.insert(key.clone());
@@ -330,17 +345,30 @@ impl Cell {
                 (Some(object), _) => {
                     self.believed.insert(key.clone(), Belief::Holds(object.clone()));
                 }
-                (None, key) => {
+                (None, Key::Link(addr)) => {
                     self.believed.remove(key);
-                    if let Key::Link(addr) = key
-                        && self.inputs.roster.with_addr(*addr).is_some_and(|(_, p)| p == Presence::Leaving)
-                    {
+                    if self.inputs.roster.with_addr(*addr).is_some_and(|(_, p)| p == Presence::Leaving) {
                         self.record(Record::Resting(*addr));
                     }
+                }
+                (None, _) => {
+                    self.believed.remove(key);
+                    self.doubt_peers_that_shared_with(key);
                 }
             }
         }
         faults
+    }
+
+    /// Subnets that begin with one address share a neighbour and a forwarding entry, which went with the one removed.
+    fn doubt_peers_that_shared_with(&mut self, gone: &Key) {
+        let Key::Peer(gone) = gone else { return };
+        for (key, belief) in &mut self.believed {
+            if matches!(key, Key::Peer(other) if other.gateway() == gone.gateway()) {
+                *belief = Belief::Unknown;
+                self.touched.insert(key.clone());
+            }
+        }
     }
 
     /// Believes what was seen, whatever was believed before, and touches what differs from what is wanted.
@@ -364,7 +392,8 @@ impl Cell {
             }
         }
         let present = self.inputs.roster.iter().filter(|(_, presence)| *presence == Presence::Present);
-        let lost = present.filter(|(container, _)| !seen.contains_key(&Key::Link(container.addr)));
+        let gone = |addr| !seen.contains_key(&Key::Link(addr)) && !self.unborn.contains(&addr);
+        let lost = present.filter(|(container, _)| gone(container.addr));
         for handle in lost.map(|(container, _)| container.handle.clone()).collect::<Vec<_>>() {
             self.inputs.roster.set_lost(&handle, true);
             self.replan(Unit::Container(handle.clone()));

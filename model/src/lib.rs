@@ -20,3 +20,5 @@ pub mod ledger;
 pub mod link;
 pub mod reason;
 pub mod subnet;
+#[cfg(feature = "walk")]
+pub mod walk;
