@@ -56,7 +56,8 @@ fn name(reason: &Reason) -> String {
 
 fn table() -> String {
     let mut text =
-        "| reason | message | CNI code | gRPC status | then | logged as |\n|---|---|---|---|---|---|\n".to_owned();
+        "| reason | message | CNI code | gRPC status | then | logged as |\n|---|---|---|---|---|---|\n"
+            .to_owned();
     for reason in samples() {
         let meaning = reason.meaning();
         let then = match meaning.class {
