@@ -1,0 +1,444 @@
+//! `lab bench cni`: what an ADD and a DEL of a real container cost, one at a time and many at once, and what
+//! their parts cost alone. Plugins are spawned directly from threads that are in the cell already, so the
+//! driver adds nothing but the spawn. docs/benchmarks.md says what each figure means.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use serde::Serialize;
+use weft_testbed::external_networker::{INTERFACE, Request, said};
+use weft_testbed::lab::Cell;
+use weft_testbed::{Lab, Options, interrupt};
+
+const WARM_UPS: usize = 3;
+const PARALLEL: usize = 20;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// What to measure
+    #[arg(value_enum)]
+    name: Bench,
+    /// One JSON document instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Containers per row
+    #[arg(long, default_value_t = 100)]
+    count: usize,
+    /// Pairs of ADD and DEL in the last row, 20 at once
+    #[arg(long, default_value_t = 1000)]
+    pairs: usize,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Bench {
+    /// ADD and DEL of real containers
+    Cni,
+}
+
+/// The JSON document; keys are stable.
+#[derive(Debug, Serialize)]
+struct Report {
+    bench: &'static str,
+    cores: usize,
+    kernel: String,
+    load_before: f64,
+    rows: Vec<Row>,
+    parts: Vec<Part>,
+}
+
+/// One verb in one situation.
+#[derive(Debug, Serialize)]
+struct Row {
+    verb: &'static str,
+    /// Containers that were there before.
+    present: usize,
+    /// Calls at the same time.
+    parallel: usize,
+    failed: usize,
+    #[serde(flatten)]
+    times: Times,
+    /// Per call: the client process, user and system.
+    client_cpu_ms: f64,
+    /// Per call: the daemon, all threads; in units of the clock tick, so meaningful over many calls only.
+    node_cpu_ms: f64,
+}
+
+/// One part alone.
+#[derive(Debug, Serialize)]
+struct Part {
+    name: &'static str,
+    #[serde(flatten)]
+    times: Times,
+    cpu_ms: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Times {
+    count: usize,
+    p50_ms: f64,
+    p95_ms: f64,
+    min_ms: f64,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    interrupt::watch()?;
+    let Bench::Cni = arguments.name;
+    let mut options = Options::unique("bench")?;
+    options.cells = 1;
+    let load_before = load();
+    let lab = Lab::up(&options)?;
+    let report = Report {
+        bench: "cni",
+        cores: thread::available_parallelism()?.get(),
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        load_before,
+        parts: parts(&lab, arguments.count)?,
+        rows: rows(&lab.cells[0], arguments)?,
+    };
+    lab.down()?;
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        report.print();
+    }
+    Ok(())
+}
+
+fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
+    let calls = |prefix| Calls { cell, prefix, present: 0 };
+    let mut rows = Vec::new();
+    let mut preload = calls("present");
+    for present in [0, 50, 200] {
+        progress(&format!("with {present} containers present"));
+        preload.grow_to(present)?;
+        for parallel in [1, PARALLEL] {
+            calls("warm-up").measured(present, 1, WARM_UPS)?;
+            rows.extend(calls("run").measured(present, parallel, arguments.count)?);
+        }
+    }
+    preload.shrink()?;
+    progress(&format!("{} pairs, {PARALLEL} at once", arguments.pairs));
+    rows.extend(calls("pair").measured(0, PARALLEL, arguments.pairs)?);
+    Ok(rows)
+}
+
+/// Calls of the plugin in one cell, with containers of its own.
+struct Calls<'a> {
+    cell: &'a Cell,
+    prefix: &'static str,
+    present: usize,
+}
+
+/// How one call went.
+struct Call {
+    took: Duration,
+    /// What the plugin said, if it failed.
+    failure: Option<String>,
+}
+
+impl Calls<'_> {
+    fn handles(&self, count: usize) -> Vec<String> {
+        (0..count).map(|index| format!("{}-{index}", self.prefix)).collect()
+    }
+
+    fn grow_to(&mut self, count: usize) -> Result<()> {
+        let new = self.handles(count).split_off(self.present);
+        self.namespaces(&new, true)?;
+        none_failed(self.all("ADD", &new, 4)?)?;
+        self.present = count;
+        Ok(())
+    }
+
+    fn shrink(&mut self) -> Result<()> {
+        let all = self.handles(self.present);
+        none_failed(self.all("DEL", &all, 4)?)?;
+        self.namespaces(&all, false)
+    }
+
+    /// One at a time: each container comes and goes. Many at once: as many come, then they go.
+    fn measured(&self, present: usize, parallel: usize, count: usize) -> Result<[Row; 2]> {
+        let mut cpu = [[0.0; 2]; 2];
+        let handles = self.handles(count);
+        let mut calls: [Vec<Call>; 2] = Default::default();
+        for batch in handles.chunks(parallel) {
+            interrupt::check()?;
+            self.namespaces(batch, true)?;
+            for (index, verb) in ["ADD", "DEL"].into_iter().enumerate() {
+                let before = self.cpu()?;
+                calls[index].extend(self.all(verb, batch, parallel)?);
+                let after = self.cpu()?;
+                for side in 0..2 {
+                    cpu[index][side] += after[side] - before[side];
+                }
+            }
+            self.namespaces(batch, false)?;
+        }
+        let [adds, dels] = calls;
+        let row = |verb: &'static str, calls: Vec<Call>, [client, node]: [f64; 2]| {
+            let failures: Vec<&String> = calls.iter().filter_map(|call| call.failure.as_ref()).collect();
+            if let Some(first) = failures.first() {
+                eprintln!("bench: {} of {} {verb} failed, the first: {first}", failures.len(), calls.len());
+            }
+            let failed = failures.len();
+            let all = as_f64(calls.len());
+            let times = Times::of(calls.iter().filter(|call| call.failure.is_none()).map(|call| call.took));
+            Row {
+                verb,
+                present,
+                parallel,
+                failed,
+                times,
+                client_cpu_ms: client / all,
+                node_cpu_ms: node / all,
+            }
+        };
+        Ok([row("ADD", adds, cpu[0]), row("DEL", dels, cpu[1])])
+    }
+
+    /// Milliseconds spent so far by all ended children of this process, and by the node.
+    fn cpu(&self) -> Result<[f64; 2]> {
+        let node = self.cell.node.process().context("the node has ended")?;
+        Ok([children_cpu_ms()?, node.cpu_time().as_secs_f64() * 1000.0])
+    }
+
+    /// Makes or removes the containers' namespaces: not part of any figure.
+    fn namespaces(&self, handles: &[String], make: bool) -> Result<()> {
+        for handle in handles {
+            if make { self.cell.create_namespace(handle) } else { self.cell.remove_namespace(handle) }?;
+        }
+        Ok(())
+    }
+
+    /// Calls the plugin for every handle, `parallel` at once.
+    fn all(&self, verb: &str, handles: &[String], parallel: usize) -> Result<Vec<Call>> {
+        let del = self.cell.del_input()?.to_string();
+        let mut prepared = VecDeque::new();
+        for handle in handles {
+            let input = match verb {
+                "ADD" => self.cell.add_input(&Request::app(handle))?.to_string(),
+                _ => del.clone(),
+            };
+            let mut command = Command::new(self.cell.plugin_dir().join("weft-cni"));
+            command.env_clear().envs(self.cell.environment(verb, handle));
+            prepared.push_back((command, input));
+        }
+        let queue = Mutex::new(prepared);
+        let work = || {
+            self.cell.place.move_thread()?;
+            let mut calls = Vec::new();
+            loop {
+                let next = queue.lock().ok().and_then(|mut queue| queue.pop_front());
+                let Some((command, input)) = next else { return Ok(calls) };
+                calls.push(call(command, input.as_bytes())?);
+            }
+        };
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..parallel).map(|_| scope.spawn(work)).collect();
+            let mut calls = Vec::new();
+            for thread in threads {
+                let done: Result<Vec<Call>> =
+                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                calls.extend(done?);
+            }
+            Ok(calls)
+        })
+    }
+}
+
+/// From before the spawn until the process is reaped and its output read.
+fn call(mut command: Command, input: &[u8]) -> Result<Call> {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let start = Instant::now();
+    let mut child = command.spawn().context("execute weft-cni")?;
+    drop(child.stdin.take().map(|mut stdin| stdin.write_all(input)));
+    let output = child.wait_with_output()?;
+    let took = start.elapsed();
+    Ok(Call { took, failure: (!output.status.success()).then(|| said(&output)) })
+}
+
+fn none_failed(calls: Vec<Call>) -> Result<()> {
+    let failure = calls.into_iter().find_map(|call| call.failure);
+    failure.map_or(Ok(()), |failure| Err(anyhow::anyhow!("{failure}")))
+}
+
+fn parts(lab: &Lab, count: usize) -> Result<Vec<Part>> {
+    progress("the parts alone");
+    let cell = &lab.cells[0];
+    let no_op = weft_testbed::lab::programs()?.join("no-op");
+    ensure!(no_op.is_file(), "{} is not there: scripts/bench builds it", no_op.display());
+    let mut parts = vec![part("exec of a static program that does nothing", count, || {
+        let mut command = Command::new(&no_op);
+        command.env_clear();
+        call(command, b"").map(|call| call.took)
+    })?];
+    parts.push(part("weft-cni VERSION: exec, standard input, no daemon", count, || {
+        let mut command = Command::new(cell.plugin_dir().join("weft-cni"));
+        command.env_clear().env("CNI_COMMAND", "VERSION");
+        call(command, br#"{"cniVersion":"1.0.0"}"#).map(|call| call.took)
+    })?);
+    let mut link = Links::start(cell)?;
+    parts.push(part("container link alone: pair born in both namespaces, raised, addressed", count, || {
+        link.lay()
+    })?);
+    let file = cell.directory.join("journal-alone");
+    parts.push(part("journal entry alone: write and rename 300 bytes", count, || write_entry(&file))?);
+    Ok(parts)
+}
+
+fn part(name: &'static str, count: usize, mut work: impl FnMut() -> Result<Duration>) -> Result<Part> {
+    for _ in 0..WARM_UPS {
+        work()?;
+    }
+    let before = children_cpu_ms()?;
+    let times = (0..count).map(|_| interrupt::check().and_then(|()| work())).collect::<Result<Vec<_>>>()?;
+    let cpu_ms = (children_cpu_ms()? - before) / as_f64(count);
+    Ok(Part { name, times: Times::of(times.into_iter()), cpu_ms })
+}
+
+fn write_entry(file: &Path) -> Result<Duration> {
+    let entry = [b'x'; 300];
+    let start = Instant::now();
+    let new = file.with_extension("new");
+    std::fs::write(&new, entry)?;
+    std::fs::rename(new, file)?;
+    Ok(start.elapsed())
+}
+
+/// One long-lived `ip -batch` in the cell: lays links as the kernel takes them, without an exec for each.
+struct Links<'a> {
+    cell: &'a Cell,
+    ip: std::process::Child,
+    answers: BufReader<std::process::ChildStdout>,
+    laid: usize,
+}
+
+impl<'a> Links<'a> {
+    fn start(cell: &'a Cell) -> Result<Self> {
+        let mut command = Command::new("ip");
+        command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut ip = cell.place.enter(|| command.spawn())?.context("execute ip (package iproute2)")?;
+        let answers = BufReader::new(ip.stdout.take().context("read from ip")?);
+        Ok(Self { cell, ip, answers, laid: 0 })
+    }
+
+    /// The time of the link alone; its namespace is made before and removed after.
+    fn lay(&mut self) -> Result<Duration> {
+        self.laid += 1;
+        let handle = format!("link-alone-{}", self.laid);
+        self.cell.create_namespace(&handle)?;
+        let file = self.cell.directory.join("containers").join(&handle);
+        let start = Instant::now();
+        self.tell(&format!(
+            "link add alone mtu 1450 type veth peer name {INTERFACE} mtu 1450 netns {}\n\
+             addr add 169.254.0.1 peer 192.0.2.1 dev alone\nlink set alone up\n\
+             neigh add 192.0.2.1 lladdr ee:ee:00:00:00:01 nud permanent dev alone\n",
+            file.display()
+        ))?;
+        let took = start.elapsed();
+        self.tell("link del alone\n")?;
+        self.cell.remove_namespace(&handle)?;
+        Ok(took)
+    }
+
+    /// Returns once everything told is done: a question at its end is answered.
+    fn tell(&mut self, batch: &str) -> Result<()> {
+        let stdin = self.ip.stdin.as_mut().context("write to ip")?;
+        stdin.write_all(format!("{batch}link show dev lo\n").as_bytes())?;
+        for _ in 0..2 {
+            let mut line = String::new();
+            ensure!(self.answers.read_line(&mut line)? > 0, "ip refused:\n{batch}");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Links<'_> {
+    fn drop(&mut self) {
+        // The end of its input is the end of ip.
+        drop(self.ip.stdin.take());
+        drop(self.ip.wait());
+    }
+}
+
+impl Report {
+    fn print(&self) {
+        println!("{} cores, Linux {}, load before {:.2}\n", self.cores, self.kernel, self.load_before);
+        println!(
+            "{:<5} {:>8} {:>9} {:>6} {:>7} {:>9} {:>9} {:>9} {:>11} {:>9}",
+            "",
+            "present",
+            "parallel",
+            "calls",
+            "failed",
+            "p50 ms",
+            "p95 ms",
+            "min ms",
+            "client CPU",
+            "node CPU"
+        );
+        for row in &self.rows {
+            let times = &row.times;
+            println!(
+                "{:<5} {:>8} {:>9} {:>6} {:>7} {:>9.2} {:>9.2} {:>9.2} {:>11.2} {:>9.2}",
+                row.verb,
+                row.present,
+                row.parallel,
+                times.count + row.failed,
+                row.failed,
+                times.p50_ms,
+                times.p95_ms,
+                times.min_ms,
+                row.client_cpu_ms,
+                row.node_cpu_ms
+            );
+        }
+        println!("\n{:<75} {:>9} {:>9} {:>9} {:>8}", "Parts alone", "p50 ms", "p95 ms", "min ms", "CPU ms");
+        for Part { name, times, cpu_ms } in &self.parts {
+            println!(
+                "{name:<75} {:>9.3} {:>9.3} {:>9.3} {cpu_ms:>8.3}",
+                times.p50_ms, times.p95_ms, times.min_ms
+            );
+        }
+    }
+}
+
+impl Times {
+    fn of(times: impl Iterator<Item = Duration>) -> Self {
+        let mut sorted: Vec<f64> = times.map(|time| time.as_secs_f64() * 1000.0).collect();
+        sorted.sort_by(f64::total_cmp);
+        let count = sorted.len();
+        let at = |percent: usize| sorted.get((count * percent / 100).min(count.saturating_sub(1))).copied();
+        let or_zero = |value: Option<f64>| value.unwrap_or_default();
+        Self { count, p50_ms: or_zero(at(50)), p95_ms: or_zero(at(95)), min_ms: or_zero(at(0)) }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts of calls are small")]
+fn as_f64(count: usize) -> f64 {
+    count as f64
+}
+
+fn children_cpu_ms() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+    #[expect(clippy::cast_precision_loss, reason = "microseconds of CPU of one run fit")]
+    Ok(micros as f64 / 1000.0)
+}
+
+/// The machine's load average over a minute: a figure taken on a busy machine is another figure.
+fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or_default()
+}
+
+fn progress(text: &str) {
+    eprintln!("bench: {text}");
+}
