@@ -27,6 +27,9 @@ impl NotValid {
 pub struct UnderlayAddr(Ipv4Addr);
 
 impl UnderlayAddr {
+    /// Above every address, as the end of a range.
+    pub(crate) const MAX: Self = Self(Ipv4Addr::BROADCAST);
+
     pub fn get(self) -> Ipv4Addr {
         self.0
     }
