@@ -60,9 +60,7 @@ impl Ledger {
         if !same_history {
             *self = Self::new(self.rules);
         }
-        // What leaves its subnet goes before what takes it.
-        let (kept, left): (Vec<Row>, Vec<Row>) = rows.into_iter().partition(in_use);
-        for row in left.into_iter().chain(kept) {
+        for row in rows {
             self.put(row);
         }
         self.head = Some(head);
@@ -84,8 +82,10 @@ impl Ledger {
     fn remove(&mut self, underlay: UnderlayAddr) {
         let Some(row) = self.rows.remove(&underlay) else { return };
         self.by_revision.remove(&(row.revision, underlay));
-        if in_use(&row) {
-            self.in_use.remove(&row.lease.subnet.bounds().0);
+        // By the time this row moves on, another may have taken its subnet.
+        let first = row.lease.subnet.bounds().0;
+        if self.in_use.get(&first) == Some(&underlay) {
+            self.in_use.remove(&first);
         }
         if row.state == State::Held {
             self.digest = self.digest.without(&row.lease);

@@ -30,7 +30,8 @@ pub enum Answer {
 pub struct Decision {
     /// One for each request, in order.
     pub answers: Vec<Result<Answer, Reason>>,
-    /// Rows to write, those that leave a subnet before those that take one.
+    /// Rows to write one after the other, those that leave a subnet before those that take one, so that no two
+    /// overlap on the way. A cell that changes its subnet is named twice: it leaves the old one, and takes the new.
     pub rows: Vec<Row>,
     /// Tombstones to delete.
     pub purge: Vec<UnderlayAddr>,
@@ -45,6 +46,7 @@ impl Ledger {
     pub fn step(&self, head: &Head, batch: &[Request], pick: &mut dyn FnMut(u32) -> u32) -> Decision {
         let revision = Revision(head.cursor.revision.0 + 1);
         let mut draft = Draft {
+            before: self,
             ledger: self.clone(),
             head: *head,
             revision,
@@ -57,7 +59,8 @@ impl Ledger {
     }
 }
 
-struct Draft {
+struct Draft<'a> {
+    before: &'a Ledger,
     ledger: Ledger,
     head: Head,
     /// Of the rows that this step publishes.
@@ -67,7 +70,7 @@ struct Draft {
     seen: BTreeSet<UnderlayAddr>,
 }
 
-impl Draft {
+impl Draft<'_> {
     fn decide(&mut self, request: &Request, pick: &mut dyn FnMut(u32) -> u32) -> Result<Answer, Reason> {
         match request {
             Request::Acquire(cell) => self.acquire(cell, pick).map(Answer::Lease),
@@ -237,8 +240,15 @@ impl Draft {
     }
 
     fn finish(mut self, answers: Vec<Result<Answer, Reason>>) -> Decision {
-        let mut rows: Vec<Row> =
-            self.written.iter().filter_map(|underlay| self.ledger.row(*underlay).cloned()).collect();
+        let mut rows = Vec::new();
+        for row in self.written.iter().filter_map(|underlay| self.ledger.row(*underlay)) {
+            let moved = |was: &&Row| in_use(was) && in_use(row) && was.lease.subnet != row.lease.subnet;
+            if let Some(was) = self.before.row(row.lease.underlay).filter(moved) {
+                let state = State::Released { at: self.head.service_time };
+                rows.push(Row { state, revision: self.revision, ..was.clone() });
+            }
+            rows.push(row.clone());
+        }
         rows.sort_by_key(in_use);
         if !rows.is_empty() || !self.purge.is_empty() {
             self.head.cursor.revision = self.revision;
