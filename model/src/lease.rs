@@ -159,3 +159,19 @@ fn hash(lease: &Lease) -> u64 {
         .chain(lease.hardware_addr().bytes());
     fields.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
+
+/// A part of the table's history, as a controller tells it: the table at `at`, as changes from where the listener was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    pub at: Cursor,
+    /// Of all held leases at `at`.
+    pub digest: Digest,
+    /// The listener's place is not part of this history: what the whole answer does not name is gone.
+    pub from_empty: bool,
+    /// More parts of the same answer follow; until the last one nothing is taken away.
+    pub more: bool,
+    /// The table is being put together again after a loss: nothing is taken away.
+    pub reconciling: bool,
+    /// In order; `None`: no longer held.
+    pub leases: Vec<(UnderlayAddr, Option<Lease>)>,
+}

@@ -1,11 +1,13 @@
 //! The wire: generated messages, and the only conversions between them and `weft-model`.
 #![forbid(unsafe_code)]
 
+pub mod convert;
+pub mod status;
+
 /// Messages and stubs of `controller.proto`.
 #[expect(
-    clippy::all,
     clippy::allow_attributes,
-    unreachable_pub,
+    clippy::clone_on_ref_ptr,
     missing_debug_implementations,
     reason = "generated"
 )]
@@ -15,9 +17,8 @@ pub mod controller {
 
 /// Messages and stubs of `node.proto`.
 #[expect(
-    clippy::all,
     clippy::allow_attributes,
-    unreachable_pub,
+    clippy::clone_on_ref_ptr,
     missing_debug_implementations,
     reason = "generated"
 )]

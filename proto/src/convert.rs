@@ -1,0 +1,184 @@
+//! Messages to values and back: the only place where both are known.
+//!
+//! Every decoding is total: it gives a value that cannot be wrong, or a [`Reason::InvalidField`] that names the field.
+
+use std::fmt::Display;
+use std::net::Ipv4Addr;
+
+use weft_model::address::{HardwareAddr, UnderlayAddr};
+use weft_model::lease::{Changes, Cursor, Digest, Epoch, Holder, Lease, Revision};
+use weft_model::reason::Reason;
+use weft_model::subnet::{OverlaySubnet, SubnetKind};
+use weft_model::{cell, container, lease, link};
+
+use crate::{controller, node};
+
+fn invalid(field: &str, why: impl Display) -> Reason {
+    Reason::InvalidField { field: field.into(), why: why.to_string() }
+}
+
+/// A message field that must be there.
+pub fn required<T>(field: &str, value: Option<T>) -> Result<T, Reason> {
+    value.ok_or_else(|| invalid(field, "is missing"))
+}
+
+pub fn underlay_from(number: u32) -> Result<UnderlayAddr, Reason> {
+    Ipv4Addr::from(number).try_into().map_err(|why| invalid("underlay", why))
+}
+
+// === controller.proto ===
+
+pub fn cell_from(cell: controller::Cell) -> Result<lease::Cell, Reason> {
+    if cell.cell_id.is_empty() {
+        return Err(invalid("cell_id", "is empty"));
+    }
+    let wants = match controller::Kind::try_from(cell.wants) {
+        Ok(controller::Kind::Block) => SubnetKind::Block,
+        Ok(controller::Kind::Single) => SubnetKind::Single,
+        Err(unknown) => return Err(invalid("wants", unknown)),
+    };
+    let holder = Holder { cell_id: cell.cell_id, boot_id: cell.boot_id };
+    Ok(lease::Cell { underlay: underlay_from(cell.underlay)?, holder, wants })
+}
+
+pub fn cell_to(cell: &lease::Cell) -> controller::Cell {
+    let wants = match cell.wants {
+        SubnetKind::Block => controller::Kind::Block,
+        SubnetKind::Single => controller::Kind::Single,
+    };
+    controller::Cell {
+        underlay: cell.underlay.get().into(),
+        cell_id: cell.holder.cell_id.clone(),
+        boot_id: cell.holder.boot_id.clone(),
+        wants: wants.into(),
+    }
+}
+
+pub fn lease_from(underlay: UnderlayAddr, lease: &controller::Lease) -> Result<Lease, Reason> {
+    let prefix = u8::try_from(lease.prefix).map_err(|why| invalid("lease.prefix", why))?;
+    let network = ipnetwork::Ipv4Network::new(lease.subnet.into(), prefix);
+    let network = network.map_err(|why| invalid("lease.prefix", why))?;
+    let subnet = OverlaySubnet::try_from(network).map_err(|why| invalid("lease.subnet", why))?;
+    let foreign_mac = match lease.mac.as_slice() {
+        [] => None,
+        mac => Some(HardwareAddr::new(
+            mac.try_into().map_err(|_| invalid("lease.mac", "is not six bytes long"))?,
+        )),
+    };
+    Ok(Lease { underlay, subnet, foreign_mac })
+}
+
+pub fn lease_to(lease: &Lease) -> controller::Lease {
+    let network = lease.subnet.network();
+    controller::Lease {
+        subnet: network.network().into(),
+        prefix: network.prefix().into(),
+        mac: lease.foreign_mac.map(|mac| mac.bytes().to_vec()).unwrap_or_default(),
+    }
+}
+
+pub fn cursor_from(cursor: controller::Cursor) -> Cursor {
+    Cursor { epoch: Epoch(cursor.epoch), revision: Revision(cursor.revision) }
+}
+
+pub fn cursor_to(cursor: Cursor) -> controller::Cursor {
+    controller::Cursor { epoch: cursor.epoch.0, revision: cursor.revision.0 }
+}
+
+pub fn changes_from(message: controller::WatchResponse) -> Result<Changes, Reason> {
+    let one = |change: controller::Change| {
+        let underlay = underlay_from(change.underlay)?;
+        let lease = match required("changes.what", change.what)? {
+            controller::change::What::Lease(lease) => Some(lease_from(underlay, &lease)?),
+            controller::change::What::Gone(controller::Gone {}) => None,
+        };
+        Ok((underlay, lease))
+    };
+    Ok(Changes {
+        at: cursor_from(required("at", message.at)?),
+        digest: Digest(message.digest),
+        from_empty: message.from_empty,
+        more: message.more,
+        reconciling: message.reconciling,
+        leases: message.changes.into_iter().map(one).collect::<Result<_, _>>()?,
+    })
+}
+
+pub fn changes_to(changes: &Changes) -> controller::WatchResponse {
+    let one = |(underlay, lease): &(UnderlayAddr, Option<Lease>)| {
+        let what = match lease {
+            Some(lease) => controller::change::What::Lease(lease_to(lease)),
+            None => controller::change::What::Gone(controller::Gone {}),
+        };
+        controller::Change { underlay: underlay.get().into(), what: Some(what) }
+    };
+    controller::WatchResponse {
+        at: Some(cursor_to(changes.at)),
+        digest: changes.digest.0,
+        from_empty: changes.from_empty,
+        more: changes.more,
+        reconciling: changes.reconciling,
+        changes: changes.leases.iter().map(one).collect(),
+    }
+}
+
+pub fn listed_to(row: &lease::Row) -> controller::Listed {
+    let (state, since) = match row.state {
+        lease::State::Held => (controller::State::Held, 0),
+        lease::State::Expired { at } => (controller::State::Expired, at.0),
+        lease::State::Released { at } => (controller::State::Released, at.0),
+    };
+    controller::Listed {
+        underlay: row.lease.underlay.get().into(),
+        lease: Some(lease_to(&row.lease)),
+        cell_id: row.holder.cell_id.clone(),
+        state: state.into(),
+        state_since: since,
+        seen_at: row.seen_at.0,
+    }
+}
+
+// === node.proto ===
+
+pub fn wanted_from(request: node::AddRequest) -> Result<cell::Wanted, Reason> {
+    let owner = request.owner.unwrap_or_default();
+    Ok(cell::Wanted {
+        handle: handle_from(request.handle)?,
+        interface: interface_from(request.interface)?,
+        mtu: (request.mtu != 0).then_some(request.mtu),
+        owner: container::Owner {
+            app_id: owner.app_id,
+            space_id: owner.space_id,
+            org_id: owner.org_id,
+            container_workload: owner.container_workload,
+        },
+    })
+}
+
+pub fn handle_from(handle: String) -> Result<container::Handle, Reason> {
+    handle.try_into().map_err(|why| invalid("handle", why))
+}
+
+pub fn interface_from(name: String) -> Result<weft_model::address::DeviceName, Reason> {
+    name.try_into().map_err(|why| invalid("interface", why))
+}
+
+pub fn owner_to(owner: &container::Owner) -> node::Owner {
+    node::Owner {
+        app_id: owner.app_id.clone(),
+        space_id: owner.space_id.clone(),
+        org_id: owner.org_id.clone(),
+        container_workload: owner.container_workload.clone(),
+    }
+}
+
+pub fn added_to(link: &link::LinkSpec) -> node::AddResponse {
+    node::AddResponse {
+        address: link.addr.get().into(),
+        gateway: link::GATEWAY.into(),
+        host_interface: link.host_name().to_string(),
+        host_mac: link.host_mac().bytes().to_vec(),
+        container_mac: link.container_mac().bytes().to_vec(),
+        mtu: link.mtu,
+    }
+}
