@@ -50,11 +50,8 @@ impl LinkSpec {
         format!("{} {}", self.interface, self.handle)
     }
 
-    /// Index of both ends in their namespaces. Chosen by us, so that a link and all that is on it goes to the
-    /// kernel in one message batch, without asking for the index in between. The kernel numbers devices upwards
-    /// from 1 and accepts any free index on creation; 0x4000_0000 and the address' low 24 bits collide with none.
     pub fn index(&self) -> u32 {
-        0x4000_0000 | (u32::from(self.addr.get()) & 0x00ff_ffff)
+        index(self.addr)
     }
 }
 
@@ -63,6 +60,18 @@ pub fn host_name(addr: OverlayAddr) -> DeviceName {
     let [a, b, c, d] = addr.get().octets();
     let name = format!("s-{a:03}{b:03}{c:03}{d:03}");
     name.parse().unwrap_or_else(|_| unreachable!("14 characters of [-s0-9] are a device name"))
+}
+
+/// Index of both ends in their namespaces. Chosen by us, so that a link and all that is on it goes to the
+/// kernel in one message batch, without asking for the index in between. The kernel numbers devices upwards
+/// from 1 and accepts any free index on creation; 0x4000_0000 and the address' low 24 bits collide with none.
+pub fn index(addr: OverlayAddr) -> u32 {
+    0x4000_0000 | (u32::from(addr.get()) & 0x00ff_ffff)
+}
+
+/// Whether an index is one of ours: the kernel's own are far below.
+pub fn is_index(index: u32) -> bool {
+    index & 0xff00_0000 == 0x4000_0000
 }
 
 #[cfg(test)]

@@ -13,14 +13,32 @@
 //!  events    notifications               conntrack connections of a former address
 //! ```
 
+pub mod conntrack;
+mod delete;
+pub mod events;
+pub mod inside;
+mod lay;
+mod message;
+mod see;
+mod socket;
+mod sysctl;
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
+use netlink_packet_route::RouteNetlinkMessage as Rtnl;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use tokio::sync::oneshot;
 use weft_model::address::{DeviceName, OverlayAddr, UnderlayAddr};
 use weft_model::cell::{Outcome, Seen, Step, UnderlayDevice};
 use weft_model::reason::Reason;
+
+use delete::Deleters;
+use lay::Work;
+use socket::NetlinkSocket;
 
 /// Where the inner ends of new links are born: the containers' network namespaces, by container address.
 pub type Namespaces = HashMap<OverlayAddr, Arc<OwnedFd>>;
@@ -56,23 +74,114 @@ pub enum KernelError {
     },
     #[error("no device has the underlay address {0}")]
     NoUnderlay(UnderlayAddr),
+    #[error("there is no device {0}")]
+    NoDevice(DeviceName),
     #[error("the thread that speaks to the kernel has ended")]
     Gone,
 }
 
 impl KernelError {
     pub fn reason(&self) -> Reason {
-        let (operation, subject, why) = match self {
-            Self::Refused { operation, subject, source } => {
-                ((*operation).to_owned(), subject.clone(), source.to_string())
-            }
-            Self::NoUnderlay(addr) => (
-                "find the underlay device of".to_owned(),
-                addr.to_string(),
-                "no device has this address".to_owned(),
-            ),
-            Self::Gone => return Reason::Bug { invariant: self.to_string() },
+        let find = |subject: String| Self::Refused {
+            operation: "find the underlay device of",
+            subject,
+            source: io::Error::other(self.to_string()),
         };
-        Reason::Kernel { operation, subject, why }
+        match self {
+            Self::Refused { operation, subject, source } => Reason::Kernel {
+                operation: (*operation).to_owned(),
+                subject: subject.clone(),
+                why: source.to_string(),
+            },
+            Self::NoUnderlay(addr) => find(addr.to_string()).reason(),
+            Self::NoDevice(name) => find(name.to_string()).reason(),
+            Self::Gone => Reason::Bug { invariant: self.to_string() },
+        }
+    }
+}
+
+/// The real kernel, through a thread that owns the sockets: netlink answers within the call, and the cell's own task
+/// must not be held up by one that takes longer.
+#[derive(Debug)]
+pub struct Netlink {
+    jobs: mpsc::Sender<Job>,
+}
+
+type Job = Box<dyn FnOnce(&mut Worker) + Send>;
+
+struct Worker {
+    socket: NetlinkSocket<Rtnl>,
+    deleters: Deleters,
+    vtep: DeviceName,
+}
+
+impl Netlink {
+    /// For the network namespace of the calling thread, with the VXLAN device of this name.
+    pub fn open(vtep: DeviceName) -> Result<Self, KernelError> {
+        let refused = |source| KernelError::Refused {
+            operation: "open a netlink socket for",
+            subject: vtep.to_string(),
+            source,
+        };
+        let socket = NetlinkSocket::open(NETLINK_ROUTE, 0).map_err(refused)?;
+        let deleters = Deleters::start().map_err(refused)?;
+        let mut worker = Worker { socket, deleters, vtep: vtep.clone() };
+        let (jobs, asked) = mpsc::channel::<Job>();
+        let work = move || asked.into_iter().for_each(|job| job(&mut worker));
+        thread::Builder::new().name("weft-netlink".into()).spawn(work).map_err(refused)?;
+        Ok(Self { jobs })
+    }
+
+    async fn ask<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut Worker) -> T + Send + 'static,
+    ) -> Result<T, KernelError> {
+        let (answer, answered) = oneshot::channel();
+        // Nobody waits for the answer any more if the asking task was cancelled.
+        let job: Job = Box::new(move |worker| drop(answer.send(what(worker))));
+        self.jobs.send(job).map_err(|_| KernelError::Gone)?;
+        answered.await.map_err(|_| KernelError::Gone)
+    }
+}
+
+impl Kernel for Netlink {
+    async fn apply(&mut self, step: &Step, namespaces: &Namespaces) -> Outcome {
+        let (mine, namespaces) = (step.clone(), namespaces.clone());
+        let done = self.ask(move |worker| worker.work(&namespaces).carry_out(&mine)).await;
+        done.unwrap_or_else(|e| {
+            let failed = step.changes().map(|change| (change.key.clone(), e.reason())).collect();
+            Outcome { failed }
+        })
+    }
+
+    async fn see(&mut self) -> Result<Seen, KernelError> {
+        self.ask(|worker| see::see(&mut worker.socket, &worker.vtep)).await?.map_err(|source| {
+            KernelError::Refused { operation: "read", subject: "links, routes and neighbours".into(), source }
+        })
+    }
+
+    async fn underlay(
+        &mut self,
+        addr: UnderlayAddr,
+        named: Option<&DeviceName>,
+    ) -> Result<UnderlayDevice, KernelError> {
+        let name = named.cloned();
+        let refused = |source| KernelError::Refused {
+            operation: "find the underlay device of",
+            subject: addr.to_string(),
+            source,
+        };
+        let found = self.ask(move |worker| see::underlay(&mut worker.socket, addr, name.as_ref())).await?;
+        found.map_err(refused)?.ok_or_else(|| match named {
+            Some(name) => KernelError::NoDevice(name.clone()),
+            None => KernelError::NoUnderlay(addr),
+        })
+    }
+}
+
+impl Worker {
+    fn work<'a>(&'a mut self, namespaces: &'a Namespaces) -> Work<'a> {
+        let Self { socket, deleters, vtep } = self;
+        Work { socket, deleters, vtep, namespaces, outcome: Outcome::default() }
     }
 }

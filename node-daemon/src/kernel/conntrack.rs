@@ -1,0 +1,77 @@
+//! Connections of addresses that are given out anew: the next container must not inherit them.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, Tuple};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use nix::libc::ENOENT;
+use weft_model::address::OverlayAddr;
+
+use super::KernelError;
+use super::socket::NetlinkSocket;
+
+/// Deletes all connections that one of these addresses began, or that were made to it (also through a mapped port:
+/// then it is the source of the replies). In the network namespace of the calling thread, which it blocks while it
+/// reads the whole table. Returns how many there were.
+pub fn forget(addrs: &BTreeSet<OverlayAddr>) -> Result<usize, KernelError> {
+    let refused = |operation| {
+        move |source| KernelError::Refused {
+            operation,
+            subject: "connections of former containers".into(),
+            source,
+        }
+    };
+    let mut socket = NetlinkSocket::open(NETLINK_NETFILTER, 0).map_err(refused("open a socket for"))?;
+    // The kernel can select by itself only from 6.12 on.
+    let table = socket.dump(|| message(ConntrackMessage::Get(Vec::new()))).map_err(refused("read"))?;
+    let deletions: Vec<_> = table.into_iter().filter_map(|entry| deletion(entry, addrs)).collect();
+    let outcomes = socket.batch(deletions).map_err(refused("delete"))?;
+    let mut forgotten = 0;
+    for outcome in outcomes {
+        match outcome {
+            Ok(()) => forgotten += 1,
+            Err(refusal) if refusal.errno == ENOENT => {} // it ended by itself
+            Err(refusal) => return Err(refused("delete")(io::Error::from(refusal))),
+        }
+    }
+    Ok(forgotten)
+}
+
+fn deletion(entry: NetfilterMessage, addrs: &BTreeSet<OverlayAddr>) -> Option<(NetfilterMessage, u16)> {
+    let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = entry.inner else {
+        return None;
+    };
+    let (mut original, mut theirs) = (None, false);
+    for attribute in attributes {
+        match attribute {
+            ConntrackAttribute::CtaTupleOrig(tuple) => {
+                theirs |= comes_from(&tuple, addrs);
+                original = Some(tuple);
+            }
+            ConntrackAttribute::CtaTupleReply(tuple) => theirs |= comes_from(&tuple, addrs),
+            _ => {}
+        }
+    }
+    let original = original.filter(|_| theirs)?;
+    Some((message(ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(original)])), 0))
+}
+
+fn comes_from(tuple: &[Tuple], addrs: &BTreeSet<OverlayAddr>) -> bool {
+    let ips = tuple.iter().filter_map(|part| match part {
+        Tuple::Ip(ips) => Some(ips),
+        _ => None,
+    });
+    ips.flatten().any(|ip| match ip {
+        IPTuple::SourceAddress(IpAddr::V4(addr)) => addrs.contains(&OverlayAddr::new(*addr)),
+        _ => false,
+    })
+}
+
+fn message(conntrack: ConntrackMessage) -> NetfilterMessage {
+    NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::IPv4, 0, 0), conntrack)
+}

@@ -1,0 +1,96 @@
+//! A container's end of its link: laid and checked in the container's network namespace, on a thread that enters it
+//! and ends. No container can hold up the cell's own task.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::thread;
+
+use netlink_packet_route::RouteNetlinkMessage as Rtnl;
+use netlink_sys::protocols::NETLINK_ROUTE;
+use nix::sched::{CloneFlags, setns};
+use weft_model::link::{GATEWAY, LinkSpec};
+use weft_model::reason::Reason;
+
+use super::see::{Tables, is_default_route};
+use super::socket::NetlinkSocket;
+use super::{message, sysctl};
+
+/// Raises the inner end and gives it address, neighbour, default route; raises the loopback device.
+pub fn lay(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
+    enter(namespace, spec, || {
+        let mut socket = open(spec)?;
+        let requests = message::inner_end(spec);
+        let messages = requests.iter().map(|r| (r.message.clone(), r.flags)).collect();
+        let outcomes = socket.batch(messages).map_err(|e| failed("configure", spec, &e))?;
+        for (request, outcome) in requests.iter().zip(outcomes) {
+            match outcome {
+                Err(refusal) if !request.tolerates.contains(&refusal.errno) => {
+                    return Err(failed(request.operation, spec, &refusal.into()));
+                }
+                _ => {}
+            }
+        }
+        sysctl::ipv6_off(&spec.interface).map_err(|e| failed("switch IPv6 off on", spec, &e))
+    })
+}
+
+/// Whether the inner end is as [`lay`] leaves it.
+pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
+    enter(namespace, spec, || {
+        let mut socket = open(spec)?;
+        let tables = Tables::read(&mut socket).map_err(|e| failed("read", spec, &io::Error::other(e)))?;
+        let damaged = |what: &str| {
+            let what = format!("{} {what}", spec.interface);
+            Err(Reason::Damaged { handle: spec.handle.to_string(), what })
+        };
+        let Some(link) = tables.links.get(&spec.index()) else { return damaged("is gone") };
+        if link.name != spec.interface.as_str() || link.mac != Some(spec.container_mac()) {
+            return damaged("has another name or MAC address");
+        }
+        if link.mtu != spec.mtu {
+            return damaged("has another MTU");
+        }
+        if !link.is_up_without_arp() || !link.rp_filter {
+            return damaged("is down or has other settings");
+        }
+        if !tables.has_address(spec.index(), spec.addr.get(), GATEWAY, 32) {
+            return damaged("has lost its address");
+        }
+        if !tables.has_neighbour(spec.index(), GATEWAY, spec.host_mac()) {
+            return damaged("has lost its gateway's neighbour entry");
+        }
+        let routes = super::see::routes(&mut socket, spec.index()).map_err(|e| failed("read", spec, &e))?;
+        if !routes.iter().any(|route| is_default_route(route, GATEWAY)) {
+            return damaged("has lost its default route");
+        }
+        Ok(())
+    })
+}
+
+fn open(spec: &LinkSpec) -> Result<NetlinkSocket<Rtnl>, Reason> {
+    NetlinkSocket::open(NETLINK_ROUTE, 0).map_err(|e| failed("open a socket to configure", spec, &e))
+}
+
+fn failed(operation: &str, spec: &LinkSpec, error: &io::Error) -> Reason {
+    let subject = format!("{} of container {}", spec.interface, spec.handle);
+    Reason::Kernel { operation: operation.to_owned(), subject, why: error.to_string() }
+}
+
+/// The thread must end: it never comes back from the namespace it entered.
+fn enter(
+    namespace: BorrowedFd<'_>,
+    spec: &LinkSpec,
+    work: impl FnOnce() -> Result<(), Reason> + Send,
+) -> Result<(), Reason> {
+    thread::scope(|scope| {
+        let there = move || {
+            let enter = setns(namespace, CloneFlags::CLONE_NEWNET);
+            enter.map_err(|e| failed("enter the network namespace for", spec, &e.into()))?;
+            work()
+        };
+        let spawned = thread::Builder::new().name("weft-inside".into()).spawn_scoped(scope, there);
+        let thread = spawned.map_err(|e| failed("start a thread for", spec, &e))?;
+        let bug = |_| Err(Reason::Bug { invariant: "laying a container's end does not panic".into() });
+        thread.join().unwrap_or_else(bug)
+    })
+}
