@@ -131,7 +131,7 @@ fn work(mut socket: NetlinkSocket<Rtnl>, deletions: &Mutex<Receiver<Deletion>>) 
 fn gone(announcements: &mut NetlinkSocket<Rtnl>) -> BTreeSet<String> {
     let mut gone = BTreeSet::new();
     while let Ok(messages) = announcements.notifications() {
-        for message in messages {
+        for (_, message) in messages {
             let Rtnl::DelLink(message) = message else { continue };
             // A port that leaves a bridge is announced in the same way.
             if message.header.interface_family == AddressFamily::Unspec {

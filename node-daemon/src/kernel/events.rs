@@ -80,9 +80,9 @@ impl Watch {
         let read = guard.try_io(|socket| socket.get_mut().notifications());
         match read {
             Ok(Ok(messages)) => {
-                for message in messages {
+                for (by, message) in messages {
                     // One is as good as many.
-                    if let Some(event) = self.event(&message)
+                    if let Some(event) = self.event(by, &message)
                         && self.ready.back() != Some(&event)
                     {
                         self.ready.push_back(event);
@@ -95,7 +95,7 @@ impl Watch {
         }
     }
 
-    fn event(&mut self, message: &Rtnl) -> Option<Event> {
+    fn event(&mut self, by: u32, message: &Rtnl) -> Option<Event> {
         let ours = match message {
             Rtnl::NewLink(link) => {
                 let name = name(link)?;
@@ -116,7 +116,10 @@ impl Watch {
                     |attribute: &_| matches!(attribute, RouteAttribute::Oif(index) if self.is_ours(*index));
                 route.attributes.iter().any(by)
             }
-            Rtnl::NewNeighbour(entry) | Rtnl::DelNeighbour(entry) => self.is_lasting(entry),
+            // Entries that come and go with traffic say nothing. But somebody's deletion also looks like a failure.
+            Rtnl::NewNeighbour(entry) | Rtnl::DelNeighbour(entry) => {
+                self.is_on_ours(entry) && (by != 0 || !transient(entry.header.state))
+            }
             _ => false,
         };
         ours.then_some(Event::Changed)
@@ -126,11 +129,9 @@ impl Watch {
         Some(index) == self.vtep_index || index == self.underlay
     }
 
-    /// Entries that come and go with traffic say nothing. On a container's link there are none.
-    fn is_lasting(&self, entry: &NeighbourMessage) -> bool {
+    fn is_on_ours(&self, entry: &NeighbourMessage) -> bool {
         let index = entry.header.ifindex;
-        let device = Some(index) == self.vtep_index || weft_model::link::is_index(index);
-        device && !transient(entry.header.state)
+        Some(index) == self.vtep_index || weft_model::link::is_index(index)
     }
 }
 

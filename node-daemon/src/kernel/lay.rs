@@ -12,6 +12,7 @@ use weft_model::address::{DeviceName, HardwareAddr};
 use weft_model::cell::{Belief, Change, Key, Object, Outcome, PeerSpec, Step, Stray, VtepSpec};
 use weft_model::link::{LinkSpec, host_name};
 use weft_model::reason::Reason;
+use weft_model::subnet::OverlaySubnet;
 
 use super::delete::Deleters;
 use super::message::{self, Request};
@@ -122,7 +123,7 @@ impl Work<'_> {
         let laid = Laid::by(step);
         // Without the device there is nothing to take from it; laying fails with "no such device".
         let vtep = self.device(self.vtep.as_str()).ok().flatten().map_or(0, |device| device.index);
-        let mut all = Vec::new();
+        let mut all = self.routes_with_metric(step, vtep);
         for change in step.changes().filter(|change| !self.outcome.failed.contains_key(&change.key)) {
             let requests = match (&change.key, &change.will) {
                 (Key::Peer(_), Some(Object::Peer(spec))) => lay_peer(change, spec, vtep),
@@ -138,6 +139,29 @@ impl Work<'_> {
             all.extend(requests.into_iter().map(|request| (&change.key, request)));
         }
         all
+    }
+
+    /// Of a peer that is not what it should be, routes beside the one that we lay and delete.
+    fn routes_with_metric<'s>(&mut self, step: &'s Step, vtep: u32) -> Vec<Owned<'s>> {
+        let unknown: BTreeMap<OverlaySubnet, &Key> = step
+            .changes()
+            .filter(|change| change.was == Some(Belief::Unknown))
+            .filter_map(|change| match &change.key {
+                Key::Peer(subnet) => Some((*subnet, &change.key)),
+                _ => None,
+            })
+            .collect();
+        if unknown.is_empty() || vtep == 0 {
+            return Vec::new();
+        }
+        // What cannot be read now is seen by the next audit.
+        let routes = see::routes(self.socket, vtep).unwrap_or_default();
+        let beside = routes.into_iter().filter(|route| route.metric != 0).filter_map(|route| {
+            let subnet = route.subnet()?;
+            let key = unknown.get(&subnet)?;
+            Some((*key, message::delete_route(subnet, route.gateway, route.metric, vtep)))
+        });
+        beside.collect()
     }
 
     fn send(&mut self, requests: Vec<Owned<'_>>) {
@@ -260,7 +284,7 @@ impl Laid {
 
     fn unless(&self, stray: &Stray, vtep: u32) -> Vec<Request> {
         match stray {
-            Stray::Route { dst, gateway } => vec![message::delete_route(*dst, *gateway, vtep)],
+            Stray::Route { dst, gateway } => vec![message::delete_route(*dst, *gateway, 0, vtep)],
             Stray::Neighbour(addr) if !self.gateways.contains(addr) => {
                 vec![message::delete_neighbour(*addr, vtep)]
             }
@@ -277,10 +301,7 @@ fn lay_peer(change: &Change, spec: &PeerSpec, vtep: u32) -> Vec<Request> {
         Some(Belief::Holds(Object::Peer(was))) if was.mac != spec.mac => {
             requests.push(message::delete_forward(was.mac, vtep));
         }
-        Some(Belief::Unknown) => requests.extend([
-            message::delete_forward(spec.mac, vtep),
-            message::delete_route(spec.subnet, spec.subnet.gateway(), vtep),
-        ]),
+        Some(Belief::Unknown) => requests.push(message::delete_forward(spec.mac, vtep)),
         _ => {}
     }
     requests.extend(message::peer(spec, vtep));
@@ -294,7 +315,7 @@ fn remove_peer(change: &Change, vtep: u32) -> Vec<Request> {
         _ => subnet.hardware_addr(),
     };
     vec![
-        message::delete_route(subnet, subnet.gateway(), vtep),
+        message::delete_route(subnet, subnet.gateway(), 0, vtep),
         message::delete_neighbour(subnet.gateway(), vtep),
         message::delete_forward(mac, vtep),
     ]

@@ -221,11 +221,13 @@ pub(super) fn peer(spec: &PeerSpec, vtep: u32) -> [Request; 3] {
     ]
 }
 
-pub(super) fn delete_route(subnet: OverlaySubnet, gateway: Ipv4Addr, vtep: u32) -> Request {
+/// `metric` 0: of the route with the lowest one.
+pub(super) fn delete_route(subnet: OverlaySubnet, gateway: Ipv4Addr, metric: u32, vtep: u32) -> Request {
     let mut route = route_to(subnet, gateway, vtep);
     route.header.scope = RouteScope::NoWhere;
     route.header.protocol = RouteProtocol::Unspec;
     route.header.kind = RouteType::Unspec;
+    route.attributes.push(RouteAttribute::Priority(metric));
     deletion("delete the route of", Rtnl::DelRoute(route))
 }
 

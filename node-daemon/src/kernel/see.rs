@@ -65,11 +65,11 @@ struct Neighbour {
 
 #[derive(Debug)]
 pub(super) struct Route {
+    /// None: the default route.
     dst: Option<Ipv4Network>,
-    gateway: Ipv4Addr,
+    pub(super) gateway: Ipv4Addr,
     source: Option<Ipv4Addr>,
-    /// Metric 0, main table, no type of service: as we lay them.
-    plain: bool,
+    pub(super) metric: u32,
 }
 
 /// Everything of ours, with the VXLAN device of the given name.
@@ -92,6 +92,11 @@ pub(super) fn see(socket: &mut RouteSocket, vtep: &DeviceName) -> io::Result<See
 pub(super) fn transient(state: NeighbourState) -> bool {
     use NeighbourState::{Failed, Incomplete, Noarp, None};
     matches!(state, Failed | Incomplete | Noarp | None)
+}
+
+/// A state is a set of bits: `bridge fdb add .. permanent` sets NUD_NOARP as well.
+fn permanent(state: NeighbourState) -> bool {
+    u16::from(state) & u16::from(NeighbourState::Permanent) != 0
 }
 
 /// The container address in the name of a link's cell end.
@@ -165,7 +170,7 @@ impl Tables {
         let neighbours: BTreeMap<Ipv4Addr, &Neighbour> = on_vtep.map(|((_, addr), n)| (*addr, n)).collect();
         let (mut gateways, mut macs) = (BTreeSet::new(), BTreeSet::new());
         for route in routes {
-            let Some(subnet) = route.dst.and_then(|dst| OverlaySubnet::try_from(dst).ok()) else { continue };
+            let Some(subnet) = route.subnet() else { continue };
             if route.gateway != subnet.gateway() {
                 let stray = Stray::Route { dst: subnet, gateway: route.gateway };
                 seen.insert(Key::Stray(stray), Belief::Unknown);
@@ -179,8 +184,9 @@ impl Tables {
                 let underlay = (*forwards.get(&mac)?)?;
                 Some(PeerSpec { subnet, underlay, mac, source: route.source? })
             };
-            let belief =
-                whole().filter(|_| route.plain).map_or(Belief::Unknown, |p| Belief::Holds(Object::Peer(p)));
+            let belief = whole()
+                .filter(|_| route.metric == 0)
+                .map_or(Belief::Unknown, |p| Belief::Holds(Object::Peer(p)));
             // Two routes to one subnet: neither is what the other says.
             seen.entry(Key::Peer(subnet)).and_modify(|b| *b = Belief::Unknown).or_insert(belief);
         }
@@ -319,7 +325,7 @@ fn neighbours(socket: &mut RouteSocket) -> io::Result<HashMap<(u32, Ipv4Addr), N
             }
         }
         let state = message.header.state;
-        let entry = Neighbour { mac: lladdr, permanent: state == NeighbourState::Permanent };
+        let entry = Neighbour { mac: lladdr, permanent: permanent(state) };
         (!transient(state)).then_some(((message.header.ifindex, addr?), entry))
     };
     Ok(socket.dump(request)?.into_iter().filter_map(neighbour).collect())
@@ -352,10 +358,15 @@ pub(super) fn routes(socket: &mut RouteSocket, device: u32) -> io::Result<Vec<Ro
         // Kernels before 5.0 do not filter.
         let here = header.table == RouteHeader::RT_TABLE_MAIN && oif == Some(device);
         let dst = dst.and_then(|dst| Ipv4Network::new(dst, header.destination_prefix_length).ok());
-        let plain = metric == 0 && header.tos == 0;
-        here.then_some(Route { dst, gateway: gateway?, source, plain })
+        here.then_some(Route { dst, gateway: gateway?, source, metric })
     };
     Ok(socket.dump(request)?.into_iter().filter_map(route).collect())
+}
+
+impl Route {
+    pub(super) fn subnet(&self) -> Option<OverlaySubnet> {
+        OverlaySubnet::try_from(self.dst?).ok()
+    }
 }
 
 pub(super) fn is_default_route(route: &Route, gateway: Ipv4Addr) -> bool {
@@ -389,8 +400,9 @@ fn forwards(
             }
         }
         if let Some(mac) = lladdr.filter(|_| message.header.ifindex == device) {
-            let permanent = message.header.state == NeighbourState::Permanent;
-            let place = dst.filter(|_| permanent).and_then(|dst| UnderlayAddr::try_from(dst).ok());
+            let place = dst
+                .filter(|_| permanent(message.header.state))
+                .and_then(|dst| UnderlayAddr::try_from(dst).ok());
             entries.entry(mac).and_modify(|place| *place = None).or_insert(place);
         }
     }

@@ -177,10 +177,10 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
         }
     }
 
-    /// Notifications that have arrived. `Interrupted`: some were lost (ENOBUFS).
-    pub(super) fn notifications(&mut self) -> io::Result<Vec<M>> {
+    /// Notifications that have arrived, each with the port of the socket that caused it, or 0.
+    pub(super) fn notifications(&mut self) -> io::Result<Vec<(u32, M)>> {
         let message = |received| match received {
-            Received::Message(_, message) => Some(message),
+            Received::Message(header, message) => Some((header.port_number, message)),
             Received::Answer(..) => None,
         };
         Ok(self.read()?.into_iter().filter_map(message).collect())

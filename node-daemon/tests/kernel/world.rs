@@ -1,0 +1,170 @@
+//! Network namespaces of their own for each test, and the tools of the trade as oracles.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use weft_model::address::OverlayAddr;
+use weft_model::cell::{Belief, Change, Key, Object, PeerSpec, Seen, Step, VtepSpec};
+use weft_model::link::LinkSpec;
+use weft_node::kernel::{Kernel, Namespaces, Netlink, inside};
+
+/// A network namespace; gone when nobody holds it any more.
+#[derive(Debug, Clone)]
+pub(crate) struct Space(pub(crate) Arc<OwnedFd>);
+
+impl Space {
+    pub(crate) fn new() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "these tests make network namespaces: run them as root");
+        let make = || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("a new network namespace");
+            File::open("/proc/thread-self/ns/net").expect("its descriptor").into()
+        };
+        let space = Self(Arc::new(thread::spawn(make).join().expect("thread")));
+        space.run("ip link set lo up");
+        space
+    }
+
+    /// Does something on a thread of its own inside.
+    pub(crate) fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let there = || {
+            setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).expect("entered");
+            work()
+        };
+        thread::scope(|scope| scope.spawn(there).join()).unwrap_or_else(|e| std::panic::resume_unwind(e))
+    }
+
+    /// Output of a shell command, which must succeed.
+    pub(crate) fn run(&self, command: &str) -> String {
+        let (ok, text) = self.try_run(command);
+        assert!(ok, "{command}: {text}");
+        text
+    }
+
+    pub(crate) fn try_run(&self, command: &str) -> (bool, String) {
+        let output = self.enter(|| Command::new("sh").args(["-c", command]).output().expect("sh"));
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    pub(crate) fn netlink(&self) -> Netlink {
+        self.enter(|| Netlink::open("silk-vtep".parse().expect("name")).expect("netlink"))
+    }
+}
+
+/// A cell with an underlay device of its own.
+pub(crate) struct Cell {
+    pub(crate) space: Space,
+    pub(crate) kernel: Netlink,
+    pub(crate) vtep: VtepSpec,
+}
+
+impl Cell {
+    pub(crate) async fn new() -> Self {
+        let space = Space::new();
+        space.run(
+            "ip link add eth0 type veth peer name far && ip addr add 10.77.0.11/24 dev eth0 && \
+             ip link set eth0 up && ip link set far up",
+        );
+        Self::on(space, "10.77.0.11", "10.255.66.0/24").await
+    }
+
+    /// In a namespace that has the underlay address already.
+    pub(crate) async fn on(space: Space, underlay: &str, subnet: &str) -> Self {
+        let mut kernel = space.netlink();
+        let local = underlay.parse().expect("underlay");
+        let device = kernel.underlay(local, None).await.expect("underlay device");
+        let subnet: weft_model::subnet::OverlaySubnet = subnet.parse().expect("subnet");
+        let vtep = VtepSpec {
+            name: "silk-vtep".parse().expect("name"),
+            port: 4789,
+            local,
+            device: device.index,
+            mac: subnet.hardware_addr(),
+            mtu: device.mtu - 50,
+            addr: subnet.gateway(),
+            overlay: "10.255.0.0/16".parse().expect("overlay"),
+        };
+        Self { space, kernel, vtep }
+    }
+
+    pub(crate) fn peer(&self, subnet: &str, underlay: &str) -> PeerSpec {
+        let subnet: weft_model::subnet::OverlaySubnet = subnet.parse().expect("subnet");
+        let underlay = underlay.parse().expect("underlay");
+        PeerSpec { subnet, underlay, mac: subnet.hardware_addr(), source: self.vtep.addr }
+    }
+
+    /// Applies a step that must succeed.
+    pub(crate) async fn apply(&mut self, step: &Step, namespaces: &Namespaces) {
+        let outcome = self.kernel.apply(step, namespaces).await;
+        assert!(outcome.failed.is_empty(), "{:?}", outcome.failed);
+    }
+
+    pub(crate) async fn lay(&mut self, objects: impl IntoIterator<Item = Object>) {
+        let step = lay(objects.into_iter().map(|object| (object, None)));
+        self.apply(&step, &Namespaces::new()).await;
+    }
+
+    pub(crate) async fn lay_vtep(&mut self) {
+        self.lay([Object::Vtep(self.vtep.clone())]).await;
+    }
+
+    /// A container with its link, laid on both ends.
+    pub(crate) async fn container(&mut self, addr: &str) -> (Space, LinkSpec) {
+        let (space, spec) = (Space::new(), link(addr, self.vtep.mtu));
+        self.apply(&lay([(Object::Link(spec.clone()), None)]), &at(&spec, &space)).await;
+        inside::lay(space.0.as_fd(), &spec).expect("laid inside");
+        (space, spec)
+    }
+
+    pub(crate) async fn see(&mut self) -> Seen {
+        self.kernel.see().await.expect("seen")
+    }
+}
+
+pub(crate) fn addr(text: &str) -> OverlayAddr {
+    OverlayAddr::new(text.parse::<Ipv4Addr>().expect("address"))
+}
+
+pub(crate) fn link(at: &str, mtu: u32) -> LinkSpec {
+    let handle = format!("handle-{}", at.replace('.', "-")).parse().expect("handle");
+    LinkSpec { addr: addr(at), handle, interface: "eth0".parse().expect("name"), mtu }
+}
+
+pub(crate) fn at(spec: &LinkSpec, space: &Space) -> Namespaces {
+    Namespaces::from([(spec.addr, Arc::clone(&space.0))])
+}
+
+pub(crate) fn key(object: &Object) -> Key {
+    match object {
+        Object::Vtep(_) => Key::Vtep,
+        Object::Peer(spec) => Key::Peer(spec.subnet),
+        Object::Link(spec) => Key::Link(spec.addr),
+    }
+}
+
+pub(crate) fn lay(objects: impl IntoIterator<Item = (Object, Option<Belief>)>) -> Step {
+    let change = |(object, was)| Change { key: key(&object), was, will: Some(object) };
+    Step { lay: objects.into_iter().map(change).collect(), remove: Vec::new() }
+}
+
+/// What a step has to take away of what is seen.
+pub(crate) fn remove(seen: &Seen) -> Step {
+    let change =
+        |(key, was): (&Key, &Belief)| Change { key: key.clone(), was: Some(was.clone()), will: None };
+    Step { lay: Vec::new(), remove: seen.iter().rev().map(change).collect() }
+}
+
+pub(crate) fn held(objects: impl IntoIterator<Item = Object>) -> Seen {
+    objects.into_iter().map(|object| (key(&object), Belief::Holds(object))).collect()
+}
+
+/// The lines of an oracle's output, blanks made one, sorted.
+pub(crate) fn lines(text: &str) -> BTreeSet<String> {
+    text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect()
+}
