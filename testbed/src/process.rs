@@ -128,8 +128,8 @@ fn stat(pid: i32) -> Option<(char, u64)> {
     Some((state, fields.nth(18)?.parse().ok()?))
 }
 
-/// Ends every process whose network or mount namespace is one of `namespaces`: SIGTERM, then SIGKILL after
-/// `patience`. The calling process is never among them.
+/// Ends every process that is [`inside`] any of `namespaces`: SIGTERM, then SIGKILL after
+/// `patience`.
 pub fn end_all_in(namespaces: &[Id], patience: Duration) -> Result<()> {
     let start = Instant::now();
     let mut asked: Vec<Process> = Vec::new();
@@ -154,7 +154,8 @@ pub fn end_all_in(namespaces: &[Id], patience: Duration) -> Result<()> {
     }
 }
 
-fn inside(namespaces: &[Id]) -> Vec<Process> {
+/// Every process whose network or mount namespace is one of `namespaces`, but the calling one.
+pub fn inside(namespaces: &[Id]) -> Vec<Process> {
     let own = std::process::id().cast_signed();
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
