@@ -1,4 +1,5 @@
 //! Three cells, six containers: all of them reach each other, whole packets, true sources.
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::net::SocketAddrV4;
 
