@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -231,8 +231,12 @@ impl Calls<'_> {
             prepared.push_back((command, input));
         }
         let queue = Mutex::new(prepared);
+        // All start at once, from within the cell.
+        let barrier = Barrier::new(parallel);
         let work = || {
-            self.cell.place.move_thread()?;
+            let entered = self.cell.place.move_thread();
+            barrier.wait();
+            entered?;
             let mut calls = Vec::new();
             loop {
                 let next = queue.lock().ok().and_then(|mut queue| queue.pop_front());

@@ -8,37 +8,35 @@
 //!   controller1             cell1 (own mounts)    cell2 (own mounts)
 //! ```
 
+mod build;
 mod cell;
 mod claim;
 mod controller;
+mod document;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use crate::interrupt;
 use crate::netns::Place;
-use crate::pki::{self, Authority, IdentityFiles};
+use crate::pki::IdentityFiles;
 use crate::process::Daemon;
 
 pub use cell::Cell;
 use claim::Claim;
 pub use claim::names;
 pub use controller::Controller;
+pub use document::{CellEntry, ControllerEntry, Document};
 
 /// Bytes of the largest IP packet on the underlay.
 pub const UNDERLAY_MTU: u32 = 1500;
-const BRIDGE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 const CONTROLLERS: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 0);
 const CELLS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 0);
 const CONTROLLER_PORT: u16 = 4103;
-/// How long a program may take until it is ready; an initdb on a busy machine is the longest.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the controllers keep leases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -111,35 +109,6 @@ pub struct Lab {
     pub directory: PathBuf,
     /// The right to remove it; none in a value that was only opened.
     claim: Option<Claim>,
-}
-
-/// What `lab up` prints, in this order; docs/lab.md describes it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Document {
-    pub cells: Vec<CellEntry>,
-    pub controllers: Vec<ControllerEntry>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct CellEntry {
-    pub name: String,
-    pub network_namespace: PathBuf,
-    pub mount_namespace: PathBuf,
-    pub underlay: Ipv4Addr,
-    pub socket: PathBuf,
-    pub plugin_dir: PathBuf,
-    pub conflist: PathBuf,
-    pub logs: PathBuf,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ControllerEntry {
-    pub name: String,
-    pub address: SocketAddrV4,
-    pub ca: PathBuf,
-    pub certificate: PathBuf,
-    pub key: PathBuf,
-    pub log: PathBuf,
 }
 
 impl Lab {
@@ -248,28 +217,6 @@ impl Lab {
             .map_or_else(|| self.cell(name).map(|cell| cell.place.clone()), |found| Ok(found.place.clone()))
     }
 
-    pub fn document(&self) -> Document {
-        let cells = self.cells.iter().map(|cell| CellEntry {
-            name: cell.name.clone(),
-            network_namespace: namespace(&self.directory, &cell.name, "net"),
-            mount_namespace: namespace(&self.directory, &cell.name, "mnt"),
-            underlay: cell.underlay,
-            socket: cell.socket.clone(),
-            plugin_dir: cell.plugin_dir(),
-            conflist: cell.conflist(),
-            logs: cell.directory.join("logs"),
-        });
-        let controllers = self.controllers.iter().map(|controller| ControllerEntry {
-            name: controller.name.clone(),
-            address: controller.address,
-            ca: controller.ca.clone(),
-            certificate: controller.client.certificate.clone(),
-            key: controller.client.key.clone(),
-            log: controller.daemon.log.clone(),
-        });
-        Document { cells: cells.collect(), controllers: controllers.collect() }
-    }
-
     /// Every WARN or ERROR line in any log of the lab's daemons, except those that contain one of `expected`.
     /// A system that does what it should says nothing of the kind.
     pub fn complaints(&self, expected: &[&str]) -> Vec<String> {
@@ -328,111 +275,6 @@ impl Lab {
             directory,
         }
     }
-
-    fn build(&self, options: &Options) -> Result<()> {
-        let say = |text: &str| {
-            if options.progress {
-                eprintln!("lab: {text}");
-            }
-        };
-        say("namespaces, underlay, certificates");
-        self.make_underlay()?;
-        self.make_files(options)?;
-        let database: Option<Value> = match options.store {
-            Store::Sqlite => None,
-            Store::Postgres => {
-                bail!("postgres: to come")
-            }
-        };
-        say(&format!("{} controller(s), {} cell(s)", self.controllers.len(), self.cells.len()));
-        for controller in &self.controllers {
-            let mut config = controller.config();
-            config.extend(database.clone().map(|database| ("database".to_owned(), database)));
-            config.extend(options.controller.clone());
-            write_json(&controller.config_file(), &config.into())?;
-            controller.start()?;
-        }
-        // A node retries by itself, and complains: a lab that comes up as it should has nothing to complain of.
-        for controller in &self.controllers {
-            controller.wait_ready(PATIENCE)?;
-        }
-        for cell in &self.cells {
-            interrupt::check()?;
-            let mut config = cell.config(&self.controllers, &self.directory.join("pki/ca.pem"));
-            config.extend(options.node.clone());
-            write_json(&cell.config_file(), &config.into())?;
-            cell.start_node()?;
-        }
-        for cell in &self.cells {
-            cell.wait_ready(self.cells.len() - 1, PATIENCE)?;
-        }
-        say("ready");
-        Ok(())
-    }
-
-    fn make_underlay(&self) -> Result<()> {
-        let namespaces = self.directory.join("namespaces");
-        fs::create_dir(&namespaces).with_context(|| format!("create {}", namespaces.display()))?;
-        let create = |name: &str, mounts: bool| {
-            interrupt::check()?;
-            let mounts = mounts.then(|| namespace(&self.directory, name, "mnt"));
-            Place::create(namespace(&self.directory, name, "net"), mounts)
-        };
-        create("underlay", false)?.ip(&format!(
-            "link add bridge type bridge\naddr add {BRIDGE}/16 dev bridge\nlink set bridge up\n"
-        ))?;
-        for controller in &self.controllers {
-            let place = create(&controller.name, false)?;
-            self.plug_in(&controller.name, *controller.address.ip(), &place)?;
-        }
-        for cell in &self.cells {
-            let place = create(&cell.name, true)?;
-            self.plug_in(&cell.name, cell.underlay, &place)?;
-        }
-        Ok(())
-    }
-
-    /// Joins a machine to the bridge by its `eth0`.
-    fn plug_in(&self, name: &str, address: Ipv4Addr, place: &Place) -> Result<()> {
-        let network = namespace(&self.directory, name, "net");
-        self.underlay.ip(&format!(
-            "link add {name} mtu {UNDERLAY_MTU} type veth peer name eth0 mtu {UNDERLAY_MTU} netns {}\n\
-             link set {name} master bridge up\n",
-            network.display()
-        ))?;
-        place.ip(&format!("addr add {address}/16 dev eth0\nlink set eth0 up\n"))
-    }
-
-    fn make_files(&self, options: &Options) -> Result<()> {
-        let make = |directory: PathBuf| {
-            fs::create_dir_all(&directory).with_context(|| format!("create {}", directory.display()))
-        };
-        let pki = self.directory.join("pki");
-        make(pki.clone())?;
-        let authority = Authority::new(&format!("lab {}", self.name))?;
-        authority.write(&pki.join("ca.pem"))?;
-        authority.node()?.write(&pki, "client")?;
-        for controller in &self.controllers {
-            make(controller.directory.join("state"))?;
-            let identity = authority.controller((*controller.address.ip()).into())?;
-            identity.write(&controller.directory, "identity")?;
-        }
-        for cell in &self.cells {
-            for directory in
-                ["logs", "run", "state", "cni/config", "cni/plugins", "cni/results", "containers"]
-            {
-                make(cell.directory.join(directory))?;
-            }
-            authority.node()?.write(&cell.directory, "identity")?;
-            cell.install_plugin()?;
-        }
-        let saved = Saved {
-            programs: options.programs.clone(),
-            cells: options.cells,
-            controllers: options.controllers,
-        };
-        write_json(&self.directory.join("lab.json"), &serde_json::to_value(saved)?)
-    }
 }
 
 impl Drop for Lab {
@@ -451,56 +293,6 @@ struct Saved {
     programs: PathBuf,
     cells: u32,
     controllers: u32,
-}
-
-impl Controller {
-    fn config(&self) -> Map<String, Value> {
-        object(json!({
-            "listen": self.address,
-            "ca_file": self.ca,
-            "certificate_file": self.directory.join("identity.pem"),
-            "key_file": self.directory.join("identity.key"),
-            "network": "10.255.0.0/16",
-            "subnet_prefix_length": 24,
-            "state_directory": self.directory.join("state"),
-            "cell_certificate_name": pki::NODE_NAME,
-            // An empty database is a new one here, not a lost one.
-            "reconcile_seconds": 0,
-            "health_address": "127.0.0.1:4104",
-        }))
-    }
-}
-
-impl Cell {
-    fn config(&self, controllers: &[Controller], ca: &Path) -> Map<String, Value> {
-        object(json!({
-            "cell_id": self.name,
-            "underlay_ip": self.underlay,
-            "overlay_network": "10.255.0.0/16",
-            "controllers": controllers.iter().map(Controller::url).collect::<Vec<_>>(),
-            "controller_name": pki::CONTROLLER_NAME,
-            "ca_file": ca,
-            "certificate_file": self.directory.join("identity.pem"),
-            "key_file": self.directory.join("identity.key"),
-            "state_directory": self.directory.join("state"),
-            "socket": self.socket,
-            // Containers reach each other without policies.
-            "disable_container_network_policy": true,
-            "health_address": "127.0.0.1:4105",
-        }))
-    }
-}
-
-fn object(value: Value) -> Map<String, Value> {
-    match value {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    }
-}
-
-fn write_json(file: &Path, value: &Value) -> Result<()> {
-    let text = format!("{value:#}\n");
-    fs::write(file, text).with_context(|| format!("write {}", file.display()))
 }
 
 fn namespace(directory: &Path, name: &str, kind: &str) -> PathBuf {

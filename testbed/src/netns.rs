@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -104,38 +104,31 @@ impl Place {
     }
 
     /// Runs a program here to its end and returns its standard output; failure carries what it said.
-    pub fn run(&self, program: &str, args: &[&str]) -> Result<String> {
-        let output = self
-            .enter(|| Command::new(program).args(args).stdin(Stdio::null()).output())?
-            .with_context(|| format!("execute {program}"))?;
+    pub fn run(&self, program: &str, args: &[&str], input: &str) -> Result<String> {
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let output = self.enter(|| {
+            let mut child = command.spawn()?;
+            // A program that does not read its input tells by its exit status whether it minds.
+            drop(child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes())));
+            child.wait_with_output()
+        })?;
+        let output = output.with_context(|| format!("execute {program}"))?;
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.success(),
-            "{program} {}: {}: {}{}",
+            "{program} {}: {}\n{stdout}{}",
             args.join(" "),
             output.status,
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr).trim()
+            stderr.trim()
         );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        Ok(stdout.into_owned())
     }
 
     /// Applies lines of iproute2's batch language here.
     pub fn ip(&self, batch: &str) -> Result<()> {
-        let output = self.enter(|| {
-            let mut ip = Command::new("ip")
-                .args(["-batch", "-"])
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn()?;
-            ip.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(batch.as_bytes()))?;
-            ip.wait_with_output()
-        })?;
-        let output = output.context("execute ip (package iproute2)")?;
-        if !output.status.success() {
-            bail!("ip: {}\n{batch}", String::from_utf8_lossy(&output.stderr).trim());
-        }
-        Ok(())
+        self.run("ip", &["-batch", "-"], batch).map(drop).with_context(|| batch.to_owned())
     }
 
     /// The namespaces by which processes that run here are recognised.

@@ -3,7 +3,6 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -83,17 +82,8 @@ pub fn ping_whole(from: &Place, to: Ipv4Addr, bytes: u32) -> Result<Duration> {
 
 fn ping_with(from: &Place, to: Ipv4Addr, options: &[&str]) -> Result<Duration> {
     let target = to.to_string();
-    let mut ping = Command::new("ping");
-    ping.args(["-n", "-c", "1", "-W", "3"]).args(options).arg(&target);
-    let output = from.enter(|| ping.output())?.context("execute ping (package iputils-ping)")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    ensure!(
-        output.status.success(),
-        "ping {} {target}: {}{}",
-        options.join(" "),
-        text.trim(),
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
+    let args = [&["-n", "-c", "1", "-W", "3"], options, &[&target]].concat();
+    let text = from.run("ping", &args, "")?;
     let millis =
         text.split("time=").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
     Ok(Duration::from_secs_f64(millis.unwrap_or_default() / 1000.0))

@@ -120,7 +120,8 @@ fn a_lab_stands_until_it_is_taken_down() {
     assert!(up.status.success(), "{}", text(&up.stderr));
     let document: lab::Document = serde_json::from_slice(&up.stdout).unwrap();
     for cell in &document.cells {
-        for path in [&cell.network_namespace, &cell.mount_namespace, &cell.socket, &cell.conflist, &cell.logs] {
+        for path in [&cell.network_namespace, &cell.mount_namespace, &cell.socket, &cell.conflist, &cell.logs]
+        {
             assert!(path.exists(), "{} is not there", path.display());
         }
         assert!(cell.plugin_dir.join("weft-cni").exists());
@@ -141,7 +142,8 @@ fn a_lab_stands_until_it_is_taken_down() {
 
     let add = run(&["add", "--name", &name, "cell1", "one"]);
     assert!(add.status.success(), "{}", text(&add.stderr));
-    let container = run(&["exec", "--name", &name, "cell1/one", "--", "ip", "-brief", "addr", "show", "eth0"]);
+    let container =
+        run(&["exec", "--name", &name, "cell1/one", "--", "ip", "-brief", "addr", "show", "eth0"]);
     assert!(text(&container.stdout).contains("10.255."), "{container:?}");
     assert!(run(&["del", "--name", &name, "cell1", "one"]).status.success());
 
@@ -163,8 +165,12 @@ fn a_lab_that_is_held_is_not_made_twice() {
 
 #[test]
 fn an_interrupted_up_removes_what_it_made() {
-    let stages =
-        ["namespaces/underlay.net", "lab.json", "controller1/weft-controller.pid", "cell2/logs/weft-node.pid"];
+    let stages = [
+        "namespaces/underlay.net",
+        "lab.json",
+        "controller1/weft-controller.pid",
+        "cell2/logs/weft-node.pid",
+    ];
     for file in stages {
         for how in [Signal::SIGINT, Signal::SIGTERM] {
             let name = unique("interrupted");

@@ -64,7 +64,7 @@ impl Controller {
         let mut all = vec!["leases", "--controller", &url, "--server-name", pki::CONTROLLER_NAME];
         all.extend(["--ca", &ca, "--certificate", &certificate, "--key", &key]);
         all.extend(args);
-        self.place.run(&program, &all)
+        self.place.run(&program, &all, "")
     }
 
     /// The lease table as `weft-controller leases --json` gives it.
