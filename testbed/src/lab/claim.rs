@@ -4,7 +4,8 @@
 use std::fs::{self, File, TryLockError};
 use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -24,8 +25,9 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// `None`: another process holds it.
-    pub(super) fn take(name: &str) -> Result<Option<Self>> {
+    /// `None`: another process holds it, and did not let go of it for as long as `patience`.
+    pub(super) fn take(name: &str, patience: Duration) -> Result<Option<Self>> {
+        let deadline = Instant::now() + patience;
         ensure!(
             !name.is_empty()
                 && name.len() <= 32
@@ -41,7 +43,11 @@ impl Claim {
                 opened => opened.with_context(|| format!("open {} (as root?)", lock_file.display()))?,
             };
             match lock.try_lock() {
-                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::WouldBlock) if Instant::now() > deadline => return Ok(None),
+                Err(TryLockError::WouldBlock) => {
+                    thread::sleep(Duration::from_millis(10));
+                    continue;
+                }
                 Err(TryLockError::Error(source)) => return Err(source).context("lock the lab"),
                 Ok(()) => {}
             }
@@ -61,8 +67,17 @@ impl Claim {
         mount(none, &self.directory, none, MsFlags::MS_PRIVATE, none).context("keep its mounts private")
     }
 
-    /// Ends every process of the lab and removes everything it made. What is not there is no error.
+    /// Removes the lab and gives up its name.
     pub(super) fn remove(&self) -> Result<()> {
+        self.clear()?;
+        drop(fs::remove_file(&self.lock_file));
+        // Fails as long as there are other labs.
+        drop(fs::remove_dir(ROOT));
+        Ok(())
+    }
+
+    /// Ends every process of the lab and removes everything it made. What is not there is no error.
+    pub(super) fn clear(&self) -> Result<()> {
         let kept = fs::read_dir(self.directory.join("namespaces")).into_iter().flatten().flatten();
         let namespaces: Vec<netns::Id> = kept.filter_map(|entry| netns::id(&entry.path())).collect();
         // A file that a crash left unbound lies on the lab's own file system: no process is "in" it.
@@ -73,9 +88,6 @@ impl Claim {
             fs::remove_dir(&self.directory)
                 .with_context(|| format!("remove {}", self.directory.display()))?;
         }
-        drop(fs::remove_file(&self.lock_file));
-        // Fails as long as there are other labs.
-        drop(fs::remove_dir(ROOT));
         Ok(())
     }
 
@@ -110,7 +122,7 @@ pub(super) fn sweep() -> Result<Vec<String>> {
         if is_standing(&name) {
             continue;
         }
-        if let Ok(Some(claim)) = Claim::take(&name) {
+        if let Ok(Some(claim)) = Claim::take(&name, Duration::ZERO) {
             // Looked at again under the lock: an `up` may just have completed.
             if !is_standing(&name) {
                 claim.remove().with_context(|| format!("clean up the leftovers of lab {name}"))?;
