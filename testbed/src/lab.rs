@@ -17,7 +17,6 @@ mod document;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -37,8 +36,6 @@ pub use document::{CellEntry, ControllerEntry, Document};
 pub const UNDERLAY_MTU: u32 = 1500;
 const CONTROLLERS: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 0);
 const CELLS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 0);
-/// How long a lab may be held by a process that only removes it.
-const HELD: Duration = Duration::from_secs(3);
 const CONTROLLER_PORT: u16 = 4103;
 
 /// Where the controllers keep leases.
@@ -144,7 +141,7 @@ impl Lab {
             );
         }
         Self::sweep()?;
-        let Some(claim) = Claim::take(name, HELD)? else {
+        let Some(claim) = Claim::take(name)? else {
             bail!("another process is making, using or removing a lab named {name}");
         };
         ensure!(
@@ -167,7 +164,7 @@ impl Lab {
 
     /// Removes the lab of that name, or what is left of it; returns whether there was anything.
     pub fn remove(name: &str) -> Result<bool> {
-        let Some(claim) = Claim::take(name, HELD)? else {
+        let Some(claim) = Claim::take(name)? else {
             bail!("another process is making, using or removing the lab named {name}");
         };
         let there = claim.directory.exists();

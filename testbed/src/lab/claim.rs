@@ -2,6 +2,7 @@
 //! however it ends. A lab that nobody holds and that was not left standing on purpose is a leftover.
 
 use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
 use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -13,6 +14,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::{netns, process};
 
 const ROOT: &str = "/run/weft-lab";
+/// How long a lab may be held by a process that only removes it.
+const HELD: Duration = Duration::from_secs(3);
 /// Present in a lab that was left standing.
 const STANDING: &str = "standing";
 
@@ -25,21 +28,33 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// `None`: another process holds it, and did not let go of it for as long as `patience`.
-    pub(super) fn take(name: &str, patience: Duration) -> Result<Option<Self>> {
-        let deadline = Instant::now() + patience;
+    /// `None`: another process holds it, and not merely to remove it.
+    pub(super) fn take(name: &str) -> Result<Option<Self>> {
+        Self::wait_for(name, true, HELD)
+    }
+
+    /// `None`: there is nothing, or another process holds it.
+    fn take_leftover(name: &str) -> Result<Option<Self>> {
+        Self::wait_for(name, false, Duration::ZERO)
+    }
+
+    fn wait_for(name: &str, create: bool, patience: Duration) -> Result<Option<Self>> {
         ensure!(
             !name.is_empty()
                 && name.len() <= 32
                 && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'),
             "a lab's name is at most 32 letters, digits and `-`, not `{name}`"
         );
+        let deadline = Instant::now() + patience;
         let lock_file = Path::new(ROOT).join(format!("{name}.lock"));
         loop {
-            fs::create_dir_all(ROOT).with_context(|| format!("create {ROOT} (as root?)"))?;
-            let lock = match File::options().create(true).append(true).open(&lock_file) {
+            if create {
+                fs::create_dir_all(ROOT).with_context(|| format!("create {ROOT} (as root?)"))?;
+            }
+            let lock = match File::options().create(create).append(true).open(&lock_file) {
+                Err(source) if source.kind() == ErrorKind::NotFound && !create => return Ok(None),
                 // Another lab's end took the directory away between the two calls.
-                Err(source) if source.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(source) if source.kind() == ErrorKind::NotFound => continue,
                 opened => opened.with_context(|| format!("open {} (as root?)", lock_file.display()))?,
             };
             match lock.try_lock() {
@@ -122,7 +137,7 @@ pub(super) fn sweep() -> Result<Vec<String>> {
         if is_standing(&name) {
             continue;
         }
-        if let Ok(Some(claim)) = Claim::take(&name, Duration::ZERO) {
+        if let Ok(Some(claim)) = Claim::take_leftover(&name) {
             // Looked at again under the lock: an `up` may just have completed.
             if !is_standing(&name) {
                 claim.remove().with_context(|| format!("clean up the leftovers of lab {name}"))?;
