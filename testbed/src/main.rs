@@ -37,10 +37,13 @@ enum Command {
         #[command(flatten)]
         lab: Name,
     },
-    /// End and remove a lab, or what a crash left of it
+    /// End and remove a lab; and what crashes left of any
     Down {
         #[command(flatten)]
         lab: Name,
+        /// Only what crashes left
+        #[arg(long)]
+        leftovers: bool,
     },
     /// Print the document of `up` again
     Show {
@@ -109,9 +112,11 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("{}", serde_json::to_string_pretty(&lab.document())?);
             lab.leave_standing()?;
         }
-        Command::Down { lab: Name { name } } => {
-            let was_there = Lab::remove(&name)?;
-            eprintln!("lab: {name} {}", if was_there { "removed" } else { "is not there" });
+        Command::Down { lab: Name { name }, leftovers } => {
+            if !leftovers {
+                let was_there = Lab::remove(&name)?;
+                eprintln!("lab: {name} {}", if was_there { "removed" } else { "is not there" });
+            }
             Lab::sweep()?;
         }
         Command::Show { lab } => {
