@@ -232,7 +232,8 @@ impl Cell {
             .context("install weft-cni")
     }
 
-    fn namespace_file(&self, handle: &str) -> PathBuf {
+    /// The file that keeps a container's namespace: CNI_NETNS.
+    pub fn namespace_file(&self, handle: &str) -> PathBuf {
         self.directory.join("containers").join(handle)
     }
 

@@ -1,6 +1,5 @@
-//! `lab`: cells, controllers and containers on one machine, to play with, to show and to measure.
+//! `lab`: cells, controllers and containers on one machine, to play with and to show.
 
-mod bench;
 mod demo;
 
 use std::os::fd::AsFd;
@@ -77,8 +76,6 @@ enum Command {
     List,
     /// Two cells, four containers, real packets between all of them; leaves nothing behind
     Demo,
-    /// Measure
-    Bench(bench::Arguments),
     /// Answer TCP connections on the listening socket that is standard input
     #[command(hide = true)]
     Echo,
@@ -151,7 +148,6 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Demo => return demo::run(),
-        Command::Bench(arguments) => bench::run(&arguments)?,
         Command::Echo => {
             let input = std::io::stdin().as_fd().try_clone_to_owned().context("take the listening socket")?;
             prober::echo(&input.into())?;

@@ -1,46 +1,44 @@
-//! `lab bench cni`: what an ADD and a DEL of a real container cost, one at a time and many at once, and what
+//! `scripts/bench cni`: what an ADD and a DEL of a real container cost, one at a time and many at once, and what
 //! their parts cost alone. Plugins are spawned directly from threads that are in the cell already, so the
 //! driver adds nothing but the spawn. docs/benchmarks.md says what each figure means.
 
+mod parts;
+
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::io::Write;
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use clap::Parser;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use serde::Serialize;
-use weft_testbed::external_networker::{INTERFACE, Request, said};
+use weft_testbed::external_networker::{Request, said};
 use weft_testbed::lab::Cell;
 use weft_testbed::{Lab, Options, interrupt};
 
 const WARM_UPS: usize = 3;
 const PARALLEL: usize = 20;
 
-#[derive(Debug, clap::Args)]
-pub(crate) struct Arguments {
-    /// What to measure
-    #[arg(value_enum)]
-    name: Bench,
+/// What an ADD and a DEL of a real container cost, and what their parts cost alone.
+#[derive(Debug, Parser)]
+#[command(name = "cni", version)]
+struct Arguments {
     /// One JSON document instead of a table
     #[arg(long)]
     json: bool,
     /// Containers per row
     #[arg(long, default_value_t = 100)]
     count: usize,
-    /// Pairs of ADD and DEL in the last row, 20 at once
+    /// Pairs of ADD and DEL in the last rows, 20 at once
     #[arg(long, default_value_t = 1000)]
     pairs: usize,
-}
-
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Bench {
-    /// ADD and DEL of real containers
-    Cni,
+    /// Given by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
 }
 
 /// The JSON document; keys are stable.
@@ -51,7 +49,7 @@ struct Report {
     kernel: String,
     load_before: f64,
     rows: Vec<Row>,
-    parts: Vec<Part>,
+    parts: Vec<parts::Part>,
 }
 
 /// One verb in one situation.
@@ -71,15 +69,6 @@ struct Row {
     node_cpu_ms: f64,
 }
 
-/// One part alone.
-#[derive(Debug, Serialize)]
-struct Part {
-    name: &'static str,
-    #[serde(flatten)]
-    times: Times,
-    cpu_ms: f64,
-}
-
 #[derive(Debug, Serialize)]
 struct Times {
     count: usize,
@@ -88,9 +77,18 @@ struct Times {
     min_ms: f64,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
     interrupt::watch()?;
-    let Bench::Cni = arguments.name;
     let mut options = Options::unique("bench")?;
     options.cells = 1;
     let load_before = load();
@@ -100,7 +98,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         cores: thread::available_parallelism()?.get(),
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         load_before,
-        parts: parts(&lab, arguments.count)?,
+        parts: parts::all(&lab.cells[0], arguments.count)?,
         rows: rows(&lab.cells[0], arguments)?,
     };
     lab.down()?;
@@ -240,8 +238,8 @@ impl Calls<'_> {
             let mut calls = Vec::new();
             loop {
                 let next = queue.lock().ok().and_then(|mut queue| queue.pop_front());
-                let Some((command, input)) = next else { return Ok(calls) };
-                calls.push(call(command, input.as_bytes())?);
+                let Some((mut command, input)) = next else { return Ok(calls) };
+                calls.push(call(&mut command, input.as_bytes())?);
             }
         };
         thread::scope(|scope| {
@@ -258,7 +256,7 @@ impl Calls<'_> {
 }
 
 /// From before the spawn until the process is reaped and its output read.
-fn call(mut command: Command, input: &[u8]) -> Result<Call> {
+fn call(command: &mut Command, input: &[u8]) -> Result<Call> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let start = Instant::now();
     let mut child = command.spawn().context("execute weft-cni")?;
@@ -271,105 +269,6 @@ fn call(mut command: Command, input: &[u8]) -> Result<Call> {
 fn none_failed(calls: Vec<Call>) -> Result<()> {
     let failure = calls.into_iter().find_map(|call| call.failure);
     failure.map_or(Ok(()), |failure| Err(anyhow::anyhow!("{failure}")))
-}
-
-fn parts(lab: &Lab, count: usize) -> Result<Vec<Part>> {
-    progress("the parts alone");
-    let cell = &lab.cells[0];
-    let no_op = weft_testbed::lab::programs()?.join("no-op");
-    ensure!(no_op.is_file(), "{} is not there: scripts/bench builds it", no_op.display());
-    let mut parts = vec![part("exec of a static program that does nothing", count, || {
-        let mut command = Command::new(&no_op);
-        command.env_clear();
-        call(command, b"").map(|call| call.took)
-    })?];
-    parts.push(part("weft-cni VERSION: exec, standard input, no daemon", count, || {
-        let mut command = Command::new(cell.plugin_dir().join("weft-cni"));
-        command.env_clear().env("CNI_COMMAND", "VERSION");
-        call(command, br#"{"cniVersion":"1.0.0"}"#).map(|call| call.took)
-    })?);
-    let mut link = Links::start(cell)?;
-    parts.push(part("container link alone: pair born in both namespaces, raised, addressed", count, || {
-        link.lay()
-    })?);
-    let file = cell.directory.join("journal-alone");
-    parts.push(part("journal entry alone: write and rename 300 bytes", count, || write_entry(&file))?);
-    Ok(parts)
-}
-
-fn part(name: &'static str, count: usize, mut work: impl FnMut() -> Result<Duration>) -> Result<Part> {
-    for _ in 0..WARM_UPS {
-        work()?;
-    }
-    let before = children_cpu_ms()?;
-    let times = (0..count).map(|_| interrupt::check().and_then(|()| work())).collect::<Result<Vec<_>>>()?;
-    let cpu_ms = (children_cpu_ms()? - before) / as_f64(count);
-    Ok(Part { name, times: Times::of(times.into_iter()), cpu_ms })
-}
-
-fn write_entry(file: &Path) -> Result<Duration> {
-    let entry = [b'x'; 300];
-    let start = Instant::now();
-    let new = file.with_extension("new");
-    std::fs::write(&new, entry)?;
-    std::fs::rename(new, file)?;
-    Ok(start.elapsed())
-}
-
-/// One long-lived `ip -batch` in the cell: lays links as the kernel takes them, without an exec for each.
-struct Links<'a> {
-    cell: &'a Cell,
-    ip: std::process::Child,
-    answers: BufReader<std::process::ChildStdout>,
-    laid: usize,
-}
-
-impl<'a> Links<'a> {
-    fn start(cell: &'a Cell) -> Result<Self> {
-        let mut command = Command::new("ip");
-        command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut ip = cell.place.enter(|| command.spawn())?.context("execute ip (package iproute2)")?;
-        let answers = BufReader::new(ip.stdout.take().context("read from ip")?);
-        Ok(Self { cell, ip, answers, laid: 0 })
-    }
-
-    /// The time of the link alone; its namespace is made before and removed after.
-    fn lay(&mut self) -> Result<Duration> {
-        self.laid += 1;
-        let handle = format!("link-alone-{}", self.laid);
-        self.cell.create_namespace(&handle)?;
-        let file = self.cell.directory.join("containers").join(&handle);
-        let start = Instant::now();
-        self.tell(&format!(
-            "link add alone mtu 1450 type veth peer name {INTERFACE} mtu 1450 netns {}\n\
-             addr add 169.254.0.1 peer 192.0.2.1 dev alone\nlink set alone up\n\
-             neigh add 192.0.2.1 lladdr ee:ee:00:00:00:01 nud permanent dev alone\n",
-            file.display()
-        ))?;
-        let took = start.elapsed();
-        self.tell("link del alone\n")?;
-        self.cell.remove_namespace(&handle)?;
-        Ok(took)
-    }
-
-    /// Returns once everything told is done: a question at its end is answered.
-    fn tell(&mut self, batch: &str) -> Result<()> {
-        let stdin = self.ip.stdin.as_mut().context("write to ip")?;
-        stdin.write_all(format!("{batch}link show dev lo\n").as_bytes())?;
-        for _ in 0..2 {
-            let mut line = String::new();
-            ensure!(self.answers.read_line(&mut line)? > 0, "ip refused:\n{batch}");
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Links<'_> {
-    fn drop(&mut self) {
-        // The end of its input is the end of ip.
-        drop(self.ip.stdin.take());
-        drop(self.ip.wait());
-    }
 }
 
 impl Report {
@@ -404,12 +303,9 @@ impl Report {
                 row.node_cpu_ms
             );
         }
-        println!("\n{:<75} {:>9} {:>9} {:>9} {:>8}", "Parts alone", "p50 ms", "p95 ms", "min ms", "CPU ms");
-        for Part { name, times, cpu_ms } in &self.parts {
-            println!(
-                "{name:<75} {:>9.3} {:>9.3} {:>9.3} {cpu_ms:>8.3}",
-                times.p50_ms, times.p95_ms, times.min_ms
-            );
+        println!("\n{:<72} {:>9} {:>9} {:>9}", "Parts alone", "p50 ms", "p95 ms", "min ms");
+        for parts::Part { what, times, .. } in &self.parts {
+            println!("{what:<72} {:>9.3} {:>9.3} {:>9.3}", times.p50_ms, times.p95_ms, times.min_ms);
         }
     }
 }
