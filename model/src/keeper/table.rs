@@ -114,11 +114,10 @@ impl Table {
         }
         let (had, lost) =
             (before.len(), before.keys().filter(|u| **u != own && !after.contains_key(u)).count());
-        if had >= MANY && lost * 2 > had {
-            if self.unlikely.replace(changes.digest) != Some(changes.digest) {
-                self.cursor = None;
-                return Verdict::AskAgain;
-            }
+        let many = had >= MANY && lost * 2 > had;
+        if many && self.unlikely.replace(changes.digest) != Some(changes.digest) {
+            self.cursor = None;
+            return Verdict::AskAgain;
         }
         self.unlikely = None;
         self.reconciled = false;
