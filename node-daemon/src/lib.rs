@@ -1,1 +1,4 @@
 pub mod kernel;
+
+pub mod api;
+pub mod calls;

@@ -1,0 +1,199 @@
+//! The daemon's API on its Unix socket.
+//!
+//! Owns the socket and its directory. Woken by connections, each admitted in a task of its own ([`admit`]), so that
+//! a slow client delays nobody. Emits decoded calls ([`Calls`]); whether the container's namespace is one, and not
+//! the cell's own, is known before a call goes further.
+
+mod admit;
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+
+use tokio::net::UnixListener;
+use tonic::{Request, Response, Status};
+use weft_model::address::OverlayAddr;
+use weft_model::reason::Reason;
+use weft_proto::node::containers_server::{Containers, ContainersServer};
+use weft_proto::node::{
+    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, StatusRequest,
+    StatusResponse,
+};
+use weft_proto::{convert, status::to_status};
+
+use crate::calls::Calls;
+use admit::Peer;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error("socket {0}: the path has no directory")]
+    NoDirectory(PathBuf),
+    #[error("create the socket's directory {path}")]
+    CreateDirectory {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the socket's directory {path} belongs to uid {uid} with mode {mode:o}; make it mode 700 and our own"
+    )]
+    UnsafeDirectory { path: PathBuf, uid: u32, mode: u32 },
+    #[error("socket {0}: another daemon answers there")]
+    InUse(PathBuf),
+    #[error("socket {0}: something that is no socket is there")]
+    NotASocket(PathBuf),
+    #[error("listen on socket {path}")]
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("look at our own network namespace")]
+    OwnNamespace(#[source] io::Error),
+    #[error("serve the API")]
+    Serve(#[source] tonic::transport::Error),
+}
+
+/// The bound socket: nobody else answers there.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    own_namespace: Identity,
+}
+
+/// Which namespace a descriptor stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Socket {
+    /// Makes the directory, mode 0700, and the socket in it, mode 0600. A socket left by a daemon that died is
+    /// replaced. Must be called within a tokio runtime.
+    pub fn bind(path: &Path) -> Result<Self, ApiError> {
+        let directory = path.parent().ok_or_else(|| ApiError::NoDirectory(path.to_owned()))?;
+        let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        created.map_err(|source| ApiError::CreateDirectory { path: directory.to_owned(), source })?;
+        let listen = |source| ApiError::Listen { path: path.to_owned(), source };
+        let metadata = fs::metadata(directory).map_err(listen)?;
+        let (uid, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+        if uid != rustix::process::geteuid().as_raw() || mode & 0o077 != 0 {
+            return Err(ApiError::UnsafeDirectory { path: directory.to_owned(), uid, mode });
+        }
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path).map_err(listen)?;
+        fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(listen)?;
+        let own = fs::metadata("/proc/thread-self/ns/net").map_err(ApiError::OwnNamespace)?;
+        Ok(Self { listener, own_namespace: Identity { device: own.dev(), inode: own.ino() } })
+    }
+
+    /// Answers calls until `shutdown` is done; calls under way are finished.
+    pub async fn serve(
+        self,
+        calls: impl Calls,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), ApiError> {
+        let service = ContainersServer::new(Api { calls, own_namespace: self.own_namespace });
+        let incoming = admit::connections(self.listener);
+        let server = tonic::transport::Server::builder().add_service(service);
+        server.serve_with_incoming_shutdown(incoming, shutdown).await.map_err(ApiError::Serve)
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), ApiError> {
+    let listen = |source| ApiError::Listen { path: path.to_owned(), source };
+    match fs::symlink_metadata(path) {
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(listen(source)),
+        Ok(there) if !there.file_type().is_socket() => return Err(ApiError::NotASocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match StdUnixStream::connect(path) {
+        Ok(_) => Err(ApiError::InUse(path.to_owned())),
+        Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(listen)
+        }
+        Err(source) => Err(listen(source)),
+    }
+}
+
+#[derive(Debug)]
+struct Api<C> {
+    calls: C,
+    own_namespace: Identity,
+}
+
+impl<C: Calls> Api<C> {
+    /// The container's namespace, as the connection brought it.
+    fn namespace<T>(&self, request: &Request<T>) -> Result<OwnedFd, Reason> {
+        let descriptor = request.extensions().get::<Peer>().and_then(Peer::take_namespace);
+        let descriptor = descriptor.ok_or_else(|| Reason::InvalidField {
+            field: "namespace".into(),
+            why: "the connection brought no descriptor of the container's network namespace".into(),
+        })?;
+        self.check_namespace(&descriptor)?;
+        Ok(descriptor)
+    }
+
+    fn check_namespace(&self, descriptor: &OwnedFd) -> Result<(), Reason> {
+        let path = || "the descriptor".to_owned();
+        // The kernel names what a descriptor stands for: `net:[inode]`; a file's name begins with a slash.
+        let link = fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(descriptor)));
+        if !link.is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"net:[")) {
+            return Err(Reason::NamespaceWrongKind { path: path() });
+        }
+        let stat = rustix::fs::fstat(descriptor.as_fd()).map_err(|why| Reason::File {
+            operation: "look at".into(),
+            path: path(),
+            why: why.to_string(),
+        })?;
+        if (Identity { device: stat.st_dev, inode: stat.st_ino }) == self.own_namespace {
+            return Err(Reason::NamespaceIsCells { path: path() });
+        }
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl<C: Calls> Containers for Api<C> {
+    async fn add(&self, request: Request<AddRequest>) -> Result<Response<AddResponse>, Status> {
+        let namespace = self.namespace(&request).map_err(|reason| to_status(&reason))?;
+        let wanted = convert::wanted_from(request.into_inner()).map_err(|reason| to_status(&reason))?;
+        let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
+        Ok(Response::new(convert::added_to(&link)))
+    }
+
+    async fn check(&self, request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
+        let namespace = self.namespace(&request).map_err(|reason| to_status(&reason))?;
+        let CheckRequest { handle, interface, address } = request.into_inner();
+        let addr = (address != 0).then(|| OverlayAddr::new(address.into()));
+        let checked = async {
+            let (handle, interface) = (convert::handle_from(handle)?, convert::interface_from(interface)?);
+            self.calls.check(handle, interface, addr, namespace).await
+        };
+        checked.await.map(|()| Response::new(CheckResponse {})).map_err(|reason| to_status(&reason))
+    }
+
+    async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
+        // Nothing is done in the namespace; but a runtime that passes the cell's own has lost its way.
+        let namespace = request.extensions().get::<Peer>().and_then(Peer::take_namespace);
+        let own = namespace.map(|namespace| self.check_namespace(&namespace));
+        if let Some(Err(reason @ Reason::NamespaceIsCells { .. })) = own {
+            return Err(to_status(&reason));
+        }
+        let DeleteRequest { handle, interface } = request.into_inner();
+        let deleted = async {
+            let (handle, interface) = (convert::handle_from(handle)?, convert::interface_from(interface)?);
+            self.calls.delete(handle, interface).await
+        };
+        deleted.await.map(|()| Response::new(DeleteResponse {})).map_err(|reason| to_status(&reason))
+    }
+
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        Ok(Response::new(self.calls.status().await))
+    }
+}

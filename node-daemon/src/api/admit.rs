@@ -1,0 +1,167 @@
+//! Who may talk to the daemon, and what a connection brings along.
+//!
+//! The first byte of a connection decides: `P` opens an HTTP/2 preface, and nothing is taken; 0x01 carries exactly
+//! one descriptor by SCM_RIGHTS, and the preface follows. Anything else, or nothing within [`ADMISSION`], is refused.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+use tracing::{debug, warn};
+
+/// From accept to the first byte.
+const ADMISSION: Duration = Duration::from_secs(2);
+/// Connections at a time; the next ones wait in the socket's backlog.
+const CONNECTIONS: usize = 512;
+
+/// What a request's handler learns of its connection.
+#[derive(Debug, Clone)]
+pub(super) struct Peer(Arc<Mutex<Option<OwnedFd>>>);
+
+impl Peer {
+    /// The descriptor that the connection brought; the first taker gets it.
+    pub(super) fn take_namespace(&self) -> Option<OwnedFd> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+    }
+}
+
+/// An admitted connection.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    stream: UnixStream,
+    peer: Peer,
+    _place: OwnedSemaphorePermit,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("uid {0} may not use this socket")]
+    Uid(u32),
+    #[error("nothing was sent in time")]
+    Silent,
+    #[error("the first byte is {0:#04x}")]
+    FirstByte(u8),
+    #[error("{0} descriptors came with the first byte instead of one")]
+    Descriptors(usize),
+    #[error("read the first byte")]
+    Read(#[source] io::Error),
+}
+
+/// Admitted connections. Ends never; accepting goes on after errors, which are about single connections.
+pub(super) fn connections(listener: UnixListener) -> ReceiverStream<io::Result<Admitted>> {
+    let (admitted, stream) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = admitted.closed() => return,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let admitted = admitted.clone();
+                    tokio::spawn(async move {
+                        match admit(stream, place).await {
+                            Ok(connection) => drop(admitted.send(Ok(connection)).await),
+                            Err(Refused::Uid(uid)) => warn!(uid, "connection refused"),
+                            Err(why) => debug!(%why, "connection refused"),
+                        }
+                    });
+                }
+                Err(error) => {
+                    // Out of descriptors: those in use become free as calls end.
+                    warn!(%error, "accept failed");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    ReceiverStream::new(stream)
+}
+
+async fn admit(stream: UnixStream, place: OwnedSemaphorePermit) -> Result<Admitted, Refused> {
+    // Across PID namespaces a peer's pid reads 0; its uid is what the kernel vouches for.
+    let uid = stream.peer_cred().map_err(Refused::Read)?.uid();
+    if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+        return Err(Refused::Uid(uid));
+    }
+    let first = tokio::time::timeout(ADMISSION, first_byte(&stream)).await;
+    let namespace = match first.map_err(|_| Refused::Silent)?? {
+        b'P' => None,
+        1 => Some(descriptor(&stream)?),
+        other => return Err(Refused::FirstByte(other)),
+    };
+    Ok(Admitted { stream, peer: Peer(Arc::new(Mutex::new(namespace))), _place: place })
+}
+
+async fn first_byte(stream: &UnixStream) -> Result<u8, Refused> {
+    let mut byte = [0];
+    let peek = || Ok(recv(stream, &mut byte, RecvFlags::PEEK)?.0);
+    match stream.async_io(Interest::READABLE, peek).await.map_err(Refused::Read)? {
+        0 => Err(Refused::Silent),
+        _ => Ok(byte[0]),
+    }
+}
+
+/// Takes the first byte and what came with it. Descriptors beyond one are closed.
+fn descriptor(stream: &UnixStream) -> Result<OwnedFd, Refused> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    received.map_err(|errno| Refused::Read(errno.into()))?;
+    let mut descriptors: Vec<OwnedFd> = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    match (descriptors.len(), descriptors.pop()) {
+        (1, Some(descriptor)) => Ok(descriptor),
+        (n, _) => Err(Refused::Descriptors(n)),
+    }
+}
+
+impl Connected for Admitted {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Admitted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Admitted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
