@@ -8,13 +8,14 @@
 //!  socket    batches of messages, one acknowledgement each; dumps
 //!  message   our objects as netlink messages
 //!  lay       what a step lays            delete    links away, on threads of their own
-//!  see       dumps into what a cell believes
-//!  inside    a link's inner end, in the container's namespace      ipv6      IPv6 off, on either end
+//!  see       what is there, as a cell believes it         dump      the tables it is read from
+//!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  events    notifications               conntrack connections of a former address
 //! ```
 
 pub mod conntrack;
 mod delete;
+mod dump;
 pub mod events;
 pub mod inside;
 mod lay;
@@ -29,7 +30,6 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::sync::oneshot;
 use weft_model::address::{DeviceName, OverlayAddr, UnderlayAddr};
@@ -37,6 +37,7 @@ use weft_model::cell::{Outcome, Seen, Step, UnderlayDevice};
 use weft_model::reason::Reason;
 
 use delete::Deleters;
+use dump::RouteSocket;
 use lay::Work;
 use socket::NetlinkSocket;
 
@@ -110,7 +111,7 @@ pub struct Netlink {
 type Job = Box<dyn FnOnce(&mut Worker) + Send>;
 
 struct Worker {
-    socket: NetlinkSocket<Rtnl>,
+    socket: RouteSocket,
     deleters: Deleters,
     vtep: DeviceName,
 }

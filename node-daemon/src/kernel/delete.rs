@@ -21,7 +21,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use weft_model::address::DeviceName;
 
-use super::message::delete_link;
+use super::dump::RouteSocket;
+use super::message::{Request, delete_link, delete_marked_links, mark_for_deletion};
 use super::socket::NetlinkSocket;
 
 /// More deletions at once only wait for each other.
@@ -38,8 +39,8 @@ pub(super) struct Deleters {
 }
 
 struct Deletion {
-    name: DeviceName,
-    answer: Sender<(DeviceName, io::Result<()>)>,
+    names: BTreeSet<DeviceName>,
+    answer: Sender<(BTreeSet<DeviceName>, io::Result<()>)>,
     /// Wakes the one who waits for answers.
     bell: Arc<EventFd>,
 }
@@ -80,8 +81,13 @@ impl Deleters {
         announcements.set_non_blocking()?;
         let bell = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (answer, answers) = channel();
-        for name in left.iter() {
-            let deletion = Deletion { name: name.clone(), answer: answer.clone(), bell: Arc::clone(&bell) };
+        // Each call waits for itself; for more than there are threads, one call for all is faster.
+        let deletions: Vec<BTreeSet<DeviceName>> = match left.len() {
+            0..=THREADS => left.iter().map(|name| BTreeSet::from([name.clone()])).collect(),
+            _ => vec![left.clone()],
+        };
+        for names in deletions {
+            let deletion = Deletion { names, answer: answer.clone(), bell: Arc::clone(&bell) };
             self.queue.send(deletion).map_err(|_| io::Error::other("the deleting threads have ended"))?;
         }
         let deadline = Instant::now() + PATIENCE;
@@ -99,11 +105,11 @@ impl Deleters {
                 move |name| !gone.contains(name.as_str())
             });
             let _ = bell.read();
-            for (name, result) in answers.try_iter() {
-                if left.remove(&name)
-                    && let Err(e) = result
-                {
-                    failed.insert(name, e);
+            for (names, result) in answers.try_iter() {
+                for name in names.into_iter().filter(|name| left.remove(name)) {
+                    if let Err(e) = &result {
+                        failed.insert(name, io::Error::new(e.kind(), e.to_string()));
+                    }
                 }
             }
         }
@@ -111,24 +117,35 @@ impl Deleters {
     }
 }
 
-fn work(mut socket: NetlinkSocket<Rtnl>, deletions: &Mutex<Receiver<Deletion>>) {
+fn work(mut socket: RouteSocket, deletions: &Mutex<Receiver<Deletion>>) {
     loop {
         let next = deletions.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Deletion { name, answer, bell }) = next else { return };
-        let request = delete_link(&name);
-        let result = match socket.send(request.message, request.flags) {
-            Ok(Err(refusal)) if !request.tolerates.contains(&refusal.errno) => Err(refusal.into()),
-            Ok(_) => Ok(()),
-            Err(e) => Err(e),
+        let Ok(Deletion { names, answer, bell }) = next else { return };
+        let requests = match (names.first(), names.len()) {
+            (Some(name), 1) => vec![delete_link(name)],
+            _ => names.iter().map(mark_for_deletion).chain([delete_marked_links()]).collect(),
         };
+        let result = carry_out(&mut socket, requests);
         // Nobody listens any more if the announcement was faster.
-        let _ = answer.send((name, result));
+        let _ = answer.send((names, result));
         let _ = bell.write(1);
     }
 }
 
+fn carry_out(socket: &mut RouteSocket, requests: Vec<Request>) -> io::Result<()> {
+    let tolerated: Vec<_> = requests.iter().map(|request| request.tolerates).collect();
+    let messages = requests.into_iter().map(|request| (request.message, request.flags)).collect();
+    for (outcome, tolerated) in socket.batch(messages)?.into_iter().zip(tolerated) {
+        match outcome {
+            Err(refusal) if !tolerated.contains(&refusal.errno) => return Err(refusal.into()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Names of links that have been announced as deleted. If announcements were lost, the calls' own answers follow.
-fn gone(announcements: &mut NetlinkSocket<Rtnl>) -> BTreeSet<String> {
+fn gone(announcements: &mut RouteSocket) -> BTreeSet<String> {
     let mut gone = BTreeSet::new();
     while let Ok(messages) = announcements.notifications() {
         for (_, message) in messages {

@@ -16,9 +16,10 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::io::unix::AsyncFd;
 use weft_model::address::{DeviceName, OverlayAddr};
 
-use super::see::{addr_of, transient};
+use super::dump::{RouteSocket, device, transient};
+use super::see::addr_of;
 use super::socket::NetlinkSocket;
-use super::{KernelError, message, see};
+use super::{KernelError, message};
 
 /// RTMGRP_LINK, RTMGRP_NEIGH, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h).
 const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40;
@@ -33,7 +34,7 @@ pub enum Event {
 }
 
 struct Watch {
-    socket: AsyncFd<NetlinkSocket<Rtnl>>,
+    socket: AsyncFd<RouteSocket>,
     vtep: DeviceName,
     /// Changes when the device is made anew.
     vtep_index: Option<u32>,
@@ -71,7 +72,7 @@ pub fn watch(vtep: DeviceName, underlay: u32) -> Result<impl Stream<Item = Event
 fn index(vtep: &DeviceName) -> io::Result<Option<u32>> {
     let mut socket = NetlinkSocket::open(NETLINK_ROUTE, 0)?;
     let found = socket.get(message::get_link(vtep.as_str()))?;
-    Ok(found.ok().and_then(see::device).map(|device| device.index))
+    Ok(found.ok().and_then(device).map(|device| device.index))
 }
 
 impl Watch {

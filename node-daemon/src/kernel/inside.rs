@@ -5,13 +5,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::thread;
 
-use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sched::{CloneFlags, setns};
 use weft_model::link::{GATEWAY, LinkSpec};
 use weft_model::reason::Reason;
 
-use super::see::{Tables, is_default_route};
+use super::dump::{RouteSocket, routes};
+use super::see::Tables;
 use super::socket::NetlinkSocket;
 use super::{message, sysctl};
 
@@ -59,15 +59,15 @@ pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
         if !tables.has_neighbour(spec.index(), GATEWAY, spec.host_mac()) {
             return damaged("has lost its gateway's neighbour entry");
         }
-        let routes = super::see::routes(&mut socket, spec.index()).map_err(|e| failed("read", spec, &e))?;
-        if !routes.iter().any(|route| is_default_route(route, GATEWAY)) {
+        let routes = routes(&mut socket, spec.index()).map_err(|e| failed("read", spec, &e))?;
+        if !routes.iter().any(|route| route.is_default_by(GATEWAY)) {
             return damaged("has lost its default route");
         }
         Ok(())
     })
 }
 
-fn open(spec: &LinkSpec) -> Result<NetlinkSocket<Rtnl>, Reason> {
+fn open(spec: &LinkSpec) -> Result<RouteSocket, Reason> {
     NetlinkSocket::open(NETLINK_ROUTE, 0).map_err(|e| failed("open a socket to configure", spec, &e))
 }
 

@@ -6,7 +6,6 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 
-use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use nix::libc::{EEXIST, ENODEV};
 use weft_model::address::{DeviceName, HardwareAddr};
 use weft_model::cell::{Belief, Change, Key, Object, Outcome, PeerSpec, Step, Stray, VtepSpec};
@@ -15,14 +14,14 @@ use weft_model::reason::Reason;
 use weft_model::subnet::OverlaySubnet;
 
 use super::delete::Deleters;
+use super::dump::{self, Device, RouteSocket};
 use super::message::{self, Request};
-use super::see::{self, Device};
-use super::socket::{NetlinkSocket, Refusal};
+use super::socket::Refusal;
 use super::{Namespaces, sysctl};
 
 /// One step on its way through the kernel.
 pub(super) struct Work<'a> {
-    pub(super) socket: &'a mut NetlinkSocket<Rtnl>,
+    pub(super) socket: &'a mut RouteSocket,
     pub(super) deleters: &'a Deleters,
     pub(super) vtep: &'a DeviceName,
     pub(super) namespaces: &'a Namespaces,
@@ -155,7 +154,7 @@ impl Work<'_> {
             return Vec::new();
         }
         // What cannot be read now is seen by the next audit.
-        let routes = see::routes(self.socket, vtep).unwrap_or_default();
+        let routes = dump::routes(self.socket, vtep).unwrap_or_default();
         let beside = routes.into_iter().filter(|route| route.metric != 0).filter_map(|route| {
             let subnet = route.subnet()?;
             let key = unknown.get(&subnet)?;
@@ -220,7 +219,7 @@ impl Work<'_> {
         }
         let Some(device) = device else { return Err(read_nothing(spec)) };
         let prefix = spec.overlay.get().prefix();
-        let addresses = see::addresses(self.socket).map_err(read)?;
+        let addresses = dump::addresses(self.socket).map_err(read)?;
         let others = addresses.into_iter().filter(|a| a.index == device.index && !a.is(spec.addr, prefix));
         for other in others {
             self.one(key, message::delete_address(device.index, other.local, other.peer, other.prefix))?;
@@ -234,7 +233,7 @@ impl Work<'_> {
     }
 
     fn forward_from_underlay(&mut self, index: u32) -> io::Result<()> {
-        let links = see::links(self.socket)?;
+        let links = dump::links(self.socket)?;
         let device = links.into_iter().find(|device| device.index == index);
         let name = device.and_then(|device| device.name.parse().ok());
         sysctl::forward_from(&name.ok_or_else(|| io::Error::other("the underlay's device is gone"))?)
@@ -259,7 +258,7 @@ impl Work<'_> {
 
     fn device(&mut self, name: &str) -> io::Result<Option<Device>> {
         match self.socket.get(message::get_link(name))? {
-            Ok(message) => Ok(see::device(message)),
+            Ok(message) => Ok(dump::device(message)),
             Err(refusal) if refusal.errno == ENODEV => Ok(None),
             Err(refusal) => Err(refusal.into()),
         }
@@ -294,15 +293,13 @@ impl Laid {
     }
 }
 
-/// What was there before with another MAC has to go; of an unknown peer, all that may bear the same names.
+/// All is replaced in place, so that a peer that is whole loses no packet. Only another MAC's entry has to go.
 fn lay_peer(change: &Change, spec: &PeerSpec, vtep: u32) -> Vec<Request> {
     let mut requests = Vec::new();
-    match &change.was {
-        Some(Belief::Holds(Object::Peer(was))) if was.mac != spec.mac => {
-            requests.push(message::delete_forward(was.mac, vtep));
-        }
-        Some(Belief::Unknown) => requests.push(message::delete_forward(spec.mac, vtep)),
-        _ => {}
+    if let Some(Belief::Holds(Object::Peer(was))) = &change.was
+        && was.mac != spec.mac
+    {
+        requests.push(message::delete_forward(was.mac, vtep));
     }
     requests.extend(message::peer(spec, vtep));
     requests

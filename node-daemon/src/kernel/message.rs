@@ -131,6 +131,21 @@ pub(super) fn delete_link(name: &DeviceName) -> Request {
     deletion("delete", Rtnl::DelLink(message))
 }
 
+/// The devices of a group are deleted by one message. Nobody else uses this number ("weft").
+const DELETION_GROUP: u32 = 0x7765_6674;
+
+pub(super) fn mark_for_deletion(name: &DeviceName) -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::IfName(name.to_string()), LinkAttribute::Group(DELETION_GROUP)];
+    deletion("mark for deletion", Rtnl::SetLink(message))
+}
+
+pub(super) fn delete_marked_links() -> Request {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::Group(DELETION_GROUP));
+    deletion("delete", Rtnl::DelLink(message))
+}
+
 pub(super) fn get_link(name: &str) -> Rtnl {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_owned()));

@@ -117,11 +117,6 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
         }
     }
 
-    /// Sends one message and returns its acknowledgement.
-    pub(super) fn send(&mut self, message: M, flags: u16) -> io::Result<Result<(), Refusal>> {
-        Ok(self.batch(vec![(message, flags)])?.remove(0))
-    }
-
     /// The one object that a request names.
     pub(super) fn get(&mut self, request: M) -> io::Result<Result<M, Refusal>> {
         let mut bytes = Vec::new();
