@@ -91,6 +91,19 @@ async fn drift_is_seen_announced_and_mended() {
         ("ip link set s-010255066002 address 02:00:00:00:00:01", &link_key, unknown.clone(), true),
         ("ip addr flush dev s-010255066002", &link_key, unknown.clone(), true),
         ("ip neigh del 10.255.66.2 dev s-010255066002", &link_key, unknown.clone(), true),
+        (
+            "ip neigh replace 10.255.66.2 lladdr ee:ee:0a:ff:42:02 nud stale dev s-010255066002",
+            &link_key,
+            unknown.clone(),
+            true,
+        ),
+        (
+            "ip link set s-010255066002 arp on && \
+             ip neigh add 10.255.66.2 lladdr ee:ee:0a:ff:42:02 nud permanent dev s-010255066002",
+            &link_key,
+            unknown.clone(),
+            true,
+        ),
         ("echo 0 > /proc/sys/net/ipv4/conf/s-010255066002/rp_filter", &link_key, unknown.clone(), false),
         (
             "echo 0 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv4/ip_forward; \

@@ -1,5 +1,7 @@
 //! The VXLAN device and its peers: laid, seen back equal, changed, taken away, and as silk's tools show them.
 
+use std::time::Instant;
+
 use weft_model::cell::{Belief, Change, Key, Object, Step, Stray};
 use weft_model::reason::Reason;
 use weft_node::kernel::{Kernel, Namespaces};
@@ -38,6 +40,25 @@ async fn everything_is_laid_seen_changed_and_taken_away() {
     assert_eq!(cell.see().await, held([]));
     cell.apply(&remove(&seen), &Namespaces::new()).await;
     assert!(!cell.space.try_run("ip link show silk-vtep").0, "the device is gone");
+}
+
+/// More messages than the socket's buffers hold acknowledgements for.
+#[tokio::test]
+async fn four_thousand_peers_in_one_step() {
+    let mut cell = Cell::new().await;
+    let subnets = (1..=4000).map(|n| format!("10.255.{}.{}/28", n / 16, n % 16 * 16));
+    let subnets = subnets.filter(|subnet| !subnet.starts_with("10.255.66."));
+    let peers: Vec<_> = subnets.map(|subnet| cell.peer(&subnet, "10.77.0.12")).map(Object::Peer).collect();
+    let objects: Vec<_> = peers.into_iter().chain([Object::Vtep(cell.vtep.clone())]).collect();
+    let begin = Instant::now();
+    cell.lay(objects.clone()).await;
+    println!("laying 4000 peers: {:?}", begin.elapsed());
+    let begin = Instant::now();
+    let seen = cell.see().await;
+    println!("seeing 4000 peers: {:?}", begin.elapsed());
+    assert!(seen == held(objects), "{} seen", seen.len());
+    cell.apply(&remove(&seen), &Namespaces::new()).await;
+    assert_eq!(cell.see().await, held([]));
 }
 
 #[tokio::test]
