@@ -1,4 +1,22 @@
-pub mod kernel;
+//! weft-node: keeps one cell's part of the overlay in step with its lease, its peers and its containers.
+//!
+//! ```text
+//!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links)
+//!                                  ▲ │ └──▶ journal        health, metrics
+//!  controllers ◀──▶ lease_stream ──┘ └◀── kernel::events
+//! ```
+//! One task per module; each module's first lines say what it owns, what wakes it and what it emits.
 
 pub mod api;
 pub mod calls;
+pub mod cell;
+pub mod config;
+pub mod inbox;
+pub mod journal;
+pub mod kernel;
+pub mod lease_stream;
+pub mod metrics;
+pub mod overlay;
+pub mod report;
+pub mod run;
+pub mod snapshot;

@@ -1,0 +1,221 @@
+//! The configuration file, parsed into values that cannot be wrong.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ipnetwork::Ipv4Network;
+use serde::{Deserialize, Deserializer, de};
+use weft_daemon::log::Format;
+use weft_daemon::tls::Files;
+use weft_model::address::{DeviceName, UnderlayAddr};
+use weft_model::cell::CellConfig;
+use weft_model::subnet::{OverlayNetwork, SubnetKind};
+
+/// One JSON object; every field but the first group has a default. docs/operating.md describes them for people.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This machine's name in the controller's table: the BOSH instance's GUID.
+    #[serde(deserialize_with = "not_empty")]
+    pub cell_id: String,
+    /// The address that other cells send the overlay's frames to.
+    pub underlay_ip: UnderlayAddr,
+    /// `https://host:port` of each controller; they are tried in turn.
+    #[serde(deserialize_with = "urls")]
+    pub controllers: Vec<String>,
+    /// PEM: the authority of the controllers' certificates.
+    pub ca_file: PathBuf,
+    /// PEM: this node's certificate, and its key.
+    pub certificate_file: PathBuf,
+    pub key_file: PathBuf,
+
+    /// The name in the controllers' certificates.
+    #[serde(default = "default::controller_name")]
+    pub controller_name: String,
+    #[serde(default = "default::overlay_network")]
+    pub overlay_network: OverlayNetwork,
+    /// Snapshot of the leases, and the journal of containers.
+    #[serde(default = "default::state_directory")]
+    pub state_directory: PathBuf,
+    /// Where the CNI client calls. Its directory is made with mode 0700.
+    #[serde(default = "default::socket")]
+    pub socket: PathBuf,
+    #[serde(default = "default::vtep_name")]
+    pub vtep_name: DeviceName,
+    /// UDP port of the overlay's frames, the same on all cells.
+    #[serde(default = "default::vtep_port")]
+    pub vtep_port: u16,
+    /// The device for the overlay's frames, if not the one that has `underlay_ip`.
+    #[serde(default)]
+    pub vxlan_interface_name: Option<DeviceName>,
+    /// Bytes of the largest packet on the overlay; 0: what the underlay's device carries, less 50.
+    #[serde(default)]
+    pub mtu: u32,
+    /// One address instead of a block: a machine without containers that speaks on the overlay.
+    #[serde(default)]
+    pub single_ip_only: bool,
+    /// Must be true: this version enforces no policy between containers, and does not pretend to.
+    #[serde(default)]
+    pub disable_container_network_policy: bool,
+    /// Health and metrics, plain HTTP on loopback.
+    #[serde(default = "default::health_address")]
+    pub health_address: SocketAddr,
+    #[serde(default = "default::log_level")]
+    pub log_level: String,
+    #[serde(default)]
+    pub log_format: Format,
+}
+
+mod default {
+    use super::{DeviceName, OverlayNetwork, PathBuf, SocketAddr};
+
+    pub(super) fn controller_name() -> String {
+        "weft-controller".into()
+    }
+
+    pub(super) fn overlay_network() -> OverlayNetwork {
+        "10.255.0.0/16".parse().unwrap_or_else(|_| unreachable!("a network"))
+    }
+
+    pub(super) fn state_directory() -> PathBuf {
+        "/var/vcap/data/weft-node".into()
+    }
+
+    pub(super) fn socket() -> PathBuf {
+        "/var/vcap/data/weft-node/run/weft-node.sock".into()
+    }
+
+    pub(super) fn vtep_name() -> DeviceName {
+        "silk-vtep".parse().unwrap_or_else(|_| unreachable!("a device name"))
+    }
+
+    pub(super) fn vtep_port() -> u16 {
+        4789
+    }
+
+    pub(super) fn health_address() -> SocketAddr {
+        ([127, 0, 0, 1], 23954).into()
+    }
+
+    pub(super) fn log_level() -> String {
+        "info".into()
+    }
+}
+
+/// What the file's fields say together and this version cannot do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error(
+        "disable_container_network_policy: this version does not enforce policies between containers; set it to true \
+         if every container may reach every other, or do not use this version"
+    )]
+    Policy,
+    #[error("underlay_ip: {0} lies within overlay_network {1}; the two must be apart")]
+    UnderlayInOverlay(UnderlayAddr, OverlayNetwork),
+}
+
+impl Config {
+    pub fn check(&self) -> Result<(), Refused> {
+        if !self.disable_container_network_policy {
+            return Err(Refused::Policy);
+        }
+        if Ipv4Network::from(self.overlay_network).contains(self.underlay_ip.get()) {
+            return Err(Refused::UnderlayInOverlay(self.underlay_ip, self.overlay_network));
+        }
+        Ok(())
+    }
+
+    pub fn certificates(&self) -> Files {
+        Files {
+            ca: self.ca_file.clone(),
+            certificate: self.certificate_file.clone(),
+            key: self.key_file.clone(),
+        }
+    }
+
+    pub fn cell(&self) -> CellConfig {
+        CellConfig {
+            vtep_name: self.vtep_name.clone(),
+            vtep_port: self.vtep_port,
+            underlay: self.underlay_ip,
+            overlay: self.overlay_network,
+            mtu: (self.mtu != 0).then_some(self.mtu),
+        }
+    }
+
+    pub fn wants(&self) -> SubnetKind {
+        if self.single_ip_only { SubnetKind::Single } else { SubnetKind::Block }
+    }
+}
+
+fn not_empty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() { Err(de::Error::custom("is empty")) } else { Ok(text) }
+}
+
+fn urls<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let urls = Vec::<String>::deserialize(deserializer)?;
+    if urls.is_empty() {
+        return Err(de::Error::custom("names no controller"));
+    }
+    for url in &urls {
+        let secure =
+            url.starts_with("https://") && tonic::transport::Endpoint::from_shared(url.clone()).is_ok();
+        if !secure {
+            return Err(de::Error::custom(format!("`{url}` is not https://host:port")));
+        }
+    }
+    Ok(urls)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn minimal() -> Value {
+        json!({
+            "cell_id": "cell", "underlay_ip": "10.0.0.1", "controllers": ["https://10.0.0.9:4103"],
+            "ca_file": "ca", "certificate_file": "crt", "key_file": "key", "disable_container_network_policy": true,
+        })
+    }
+
+    fn load(config: &Value) -> Result<Config, String> {
+        let directory = tempfile::tempdir().expect("directory");
+        let file = directory.path().join("weft-node.json");
+        std::fs::write(&file, config.to_string()).expect("write");
+        let config: Config = weft_daemon::config::load(&file).map_err(|error| error.to_string())?;
+        config.check().map_err(|error| error.to_string())?;
+        Ok(config)
+    }
+
+    #[test]
+    fn the_shortest_configuration_is_complete() {
+        let config = load(&minimal()).expect("valid");
+        assert_eq!((config.vtep_name.as_str(), config.vtep_port, config.mtu), ("silk-vtep", 4789, 0));
+    }
+
+    #[test]
+    fn an_error_names_the_field() {
+        for (field, value) in [
+            ("underlay_ip", json!("127.0.0.1")),
+            ("underlay_ip", json!("10.255.3.4")),
+            ("controllers", json!([])),
+            ("controllers", json!(["http://10.0.0.9:4103"])),
+            ("overlay_network", json!("10.255.0.1/16")),
+            ("vtep_name", json!("much-too-long-name")),
+            ("vtep_port", json!(70000)),
+            ("disable_container_network_policy", json!(false)),
+            ("cell_id", json!("")),
+            ("no_such_field", json!(1)),
+        ] {
+            let mut config = minimal();
+            config[field] = value;
+            let error = load(&config).expect_err(field);
+            assert!(error.contains(field), "{field}: {error}");
+        }
+        let mut config = minimal();
+        config.as_object_mut().expect("object").remove("key_file");
+        assert!(load(&config).expect_err("missing").contains("key_file"));
+    }
+}

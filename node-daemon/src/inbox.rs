@@ -1,0 +1,134 @@
+//! The way into the cell's task: a bounded queue of requests, each answered once.
+//!
+//! [`Calls`] is implemented here by the sending end: a call becomes a request, waits for its answer no longer than
+//! its deadline, and is undone by the cell's task if the caller has gone by then.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use weft_model::address::{DeviceName, OverlayAddr};
+use weft_model::cell::Wanted;
+use weft_model::container::Handle;
+use weft_model::link::LinkSpec;
+use weft_model::reason::Reason;
+use weft_proto::node::StatusResponse;
+
+use crate::calls::Calls;
+
+/// Requests that wait; a call beyond them is answered `Busy`. A cell has some 250 containers.
+const QUEUE: usize = 1024;
+/// For one call, from the queue to its answer.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Gives the answer to a call; nobody may be there to hear it.
+pub type Reply<T> = oneshot::Sender<Result<T, Reason>>;
+
+#[derive(Debug)]
+pub enum Request {
+    Add {
+        wanted: Wanted,
+        namespace: Arc<OwnedFd>,
+        reply: Reply<LinkSpec>,
+    },
+    Check(Check),
+    Delete {
+        handle: Handle,
+        reply: Reply<()>,
+    },
+    Status {
+        reply: Reply<StatusResponse>,
+    },
+    /// The connections of these addresses are gone.
+    Forgotten(BTreeSet<OverlayAddr>),
+    /// They could not be looked for; they are tried again later.
+    NotForgotten(Reason),
+}
+
+#[derive(Debug)]
+pub struct Check {
+    pub handle: Handle,
+    pub interface: DeviceName,
+    pub addr: Option<OverlayAddr>,
+    pub namespace: OwnedFd,
+    pub reply: Reply<()>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Inbox(mpsc::Sender<Request>);
+
+/// The receiving end, held by the cell's task.
+#[derive(Debug)]
+pub struct Waiting(mpsc::Receiver<Request>);
+
+pub fn inbox() -> (Inbox, Waiting) {
+    let (inbox, waiting) = mpsc::channel(QUEUE);
+    (Inbox(inbox), Waiting(waiting))
+}
+
+impl Waiting {
+    /// The next request; none when every caller is gone for good.
+    pub async fn next(&mut self) -> Option<Request> {
+        self.0.recv().await
+    }
+
+    /// All others that wait now.
+    pub fn rest(&mut self) -> Vec<Request> {
+        std::iter::from_fn(|| self.0.try_recv().ok()).collect()
+    }
+}
+
+impl Inbox {
+    /// For the daemon's own tasks, which may wait for a place.
+    pub async fn tell(&self, request: Request) {
+        // The cell's task is gone only at the end of the daemon.
+        drop(self.0.send(request).await);
+    }
+
+    async fn ask<T>(&self, operation: &str, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Reason> {
+        let (reply, answer) = oneshot::channel();
+        self.0.try_send(request(reply)).map_err(|full| match full {
+            mpsc::error::TrySendError::Full(_) => Reason::Busy,
+            mpsc::error::TrySendError::Closed(_) => Reason::Starting,
+        })?;
+        match tokio::time::timeout(DEADLINE, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(Reason::Starting),
+            Err(_) => Err(Reason::Deadline { operation: operation.into() }),
+        }
+    }
+}
+
+impl Calls for Inbox {
+    async fn add(&self, wanted: Wanted, namespace: OwnedFd) -> Result<LinkSpec, Reason> {
+        let namespace = Arc::new(namespace);
+        self.ask("ADD", |reply| Request::Add { wanted, namespace, reply }).await
+    }
+
+    async fn check(
+        &self,
+        handle: Handle,
+        interface: DeviceName,
+        addr: Option<OverlayAddr>,
+        namespace: OwnedFd,
+    ) -> Result<(), Reason> {
+        let check = |reply| Request::Check(Check { handle, interface, addr, namespace, reply });
+        self.ask("CHECK", check).await
+    }
+
+    /// The interface plays no part: a handle has one.
+    async fn delete(&self, handle: Handle, _: DeviceName) -> Result<(), Reason> {
+        self.ask("DEL", |reply| Request::Delete { handle, reply }).await
+    }
+
+    async fn status(&self) -> StatusResponse {
+        let answer = self.ask("status", |reply| Request::Status { reply }).await;
+        answer.unwrap_or_else(|why| StatusResponse {
+            version: env!("CARGO_PKG_VERSION").into(),
+            not_ready: why.to_string(),
+            ..StatusResponse::default()
+        })
+    }
+}

@@ -1,0 +1,135 @@
+//! The daemon: puts its tasks together, and ends when it is told to. Nothing in the kernel is taken down at the end.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::{Instant, SystemTime};
+
+use anyhow::{Context, Result};
+use prometheus_client::registry::Registry;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::info;
+use weft_daemon::http::{self, Health};
+use weft_model::cell::{Cell, VXLAN_OVERHEAD};
+use weft_model::keeper::{Act, Keeper, LeaseState};
+use weft_model::lease::{self, Holder};
+
+use crate::api::Socket;
+use crate::cell::Task;
+use crate::config::Config;
+use crate::inbox::inbox;
+use crate::journal::Journal;
+use crate::kernel::{Kernel, Netlink, events};
+use crate::lease_stream::{Controllers, LeaseStream};
+use crate::metrics::Metrics;
+use crate::overlay::Overlay;
+use crate::snapshot;
+
+pub async fn run(config: Config) -> Result<()> {
+    let ended = ended()?;
+    #[expect(clippy::disallowed_methods, reason = "certificates are valid in wall-clock time")]
+    let now = SystemTime::now();
+    config.certificates().load(now)?;
+    let boot_id = boot_id()?;
+    let health_listener = http::bind(config.health_address).await.context("health_address")?;
+    let (journal, records) = Journal::open(&config.state_directory, &boot_id)?;
+    let snapshot = snapshot::load(&config.state_directory)?;
+    // Bound before anything is changed: a second daemon on this cell ends here.
+    let socket = Socket::bind(&config.socket)?;
+
+    let mut kernel = Netlink::open(config.vtep_name.clone())?;
+    let device = kernel.underlay(config.underlay_ip, config.vxlan_interface_name.as_ref()).await;
+    let device = device.context("underlay_ip")?;
+    let fits = device.mtu.saturating_sub(VXLAN_OVERHEAD);
+    anyhow::ensure!(
+        config.mtu <= fits,
+        "mtu: {} is more than the {fits} bytes that the underlay carries within VXLAN; lower it, or set 0",
+        config.mtu
+    );
+    // Listening before the first look, so that nothing falls between.
+    let events = events::watch(config.vtep_name.clone(), device.index)?;
+
+    let mut registry = Registry::default();
+    let metrics = Arc::new(Metrics::new(&mut registry));
+    let who = lease::Cell {
+        underlay: config.underlay_ip,
+        holder: Holder { cell_id: config.cell_id.clone(), boot_id },
+        wants: config.wants(),
+    };
+    let keeper = Keeper::start(who.clone(), snapshot);
+    let (overlay, leases) = watch::channel(Overlay::new(Instant::now(), keeper.view()));
+    if let Some(Act::Publish { own, peers }) = keeper.known() {
+        info!(subnet = %own.subnet, peers = peers.len(), "started from the snapshot of leases");
+        overlay.send_modify(|overlay| overlay.table = Some((own, peers)));
+    }
+    let (inbox, waiting) = inbox();
+    let mut cell = Cell::new(config.cell());
+    cell.replay(records);
+    let task = Task {
+        cell,
+        kernel,
+        journal,
+        waiting,
+        inbox: inbox.clone(),
+        overlay: leases.clone(),
+        underlay_device: config.vxlan_interface_name.clone(),
+        metrics,
+    };
+    let started = task.start().await?;
+    info!(underlay = %config.underlay_ip, version = env!("CARGO_PKG_VERSION"), "started");
+    tokio::spawn(started.run(events));
+    tokio::spawn(http::serve(health_listener, move || health(&leases), Arc::new(registry)));
+    let stream = LeaseStream {
+        cell: who,
+        controllers: Controllers {
+            urls: config.controllers.clone().into(),
+            name: config.controller_name.clone(),
+            certificates: config.certificates(),
+            turn: Arc::new(AtomicUsize::new(first_turn(config.controllers.len()))),
+        },
+        state_directory: config.state_directory.clone(),
+        overlay,
+    };
+    tokio::spawn(stream.run(keeper));
+    socket.serve(inbox, ended).await?;
+    info!("stopped; everything in the kernel stays");
+    Ok(())
+}
+
+/// Cells begin at different controllers.
+fn first_turn(controllers: usize) -> usize {
+    let chance = getrandom::u32().unwrap_or_default();
+    usize::try_from(chance).unwrap_or_default() % controllers.max(1)
+}
+
+fn health(overlay: &watch::Receiver<Overlay>) -> Health {
+    let overlay = overlay.borrow();
+    match (&overlay.fenced, overlay.view.state) {
+        (Some(reason), _) => Health::Unhealthy { why: reason.to_string() },
+        (None, LeaseState::None) => {
+            let trouble = overlay.view.trouble.as_ref().map(ToString::to_string);
+            Health::Unhealthy { why: trouble.unwrap_or_else(|| "no lease yet".into()) }
+        }
+        (None, _) => Health::Healthy,
+    }
+}
+
+/// One boot of this machine (random(4), /proc/sys/kernel/random/boot_id).
+fn boot_id() -> Result<String> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    Ok(text.trim().to_owned())
+}
+
+/// Done when the process is told to end.
+fn ended() -> Result<impl Future<Output = ()> + Send> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
