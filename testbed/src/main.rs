@@ -91,6 +91,11 @@ struct Name {
 fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(code) => code,
+        // A step that failed because the signal ended its program as well says nothing new.
+        Err(_) if interrupt::check().is_err() => {
+            eprintln!("lab: interrupted; what was made is removed");
+            ExitCode::from(130)
+        }
         Err(error) => {
             eprintln!("lab: {error:#}");
             ExitCode::FAILURE
