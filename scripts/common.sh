@@ -41,7 +41,7 @@ need() {
     fi
     export DEBIAN_FRONTEND=noninteractive
     apt-get -qq update >&2
-    apt-get -qq install --no-install-recommends -y "${missing[@]}" >&2
+    apt-get -qq -o Dpkg::Use-Pty=0 install --no-install-recommends -y "${missing[@]}" >&2
     if [ -n "$(trap -p EXIT)" ]; then
         rm -f $policy
         trap - EXIT
