@@ -24,6 +24,7 @@ use serde_json::{Map, Value};
 
 use crate::netns::Place;
 use crate::pki::IdentityFiles;
+use crate::postgres::Postgres;
 use crate::process::Daemon;
 
 pub use cell::Cell;
@@ -106,6 +107,8 @@ pub struct Lab {
     pub controllers: Vec<Controller>,
     /// The namespace of the bridge, and of Postgres.
     pub underlay: Place,
+    /// The controllers' store, if that is what was asked for; none in a lab that was only opened.
+    pub postgres: Option<Postgres>,
     pub directory: PathBuf,
     /// The right to remove it; none in a value that was only opened.
     claim: Option<Claim>,
@@ -272,6 +275,7 @@ impl Lab {
             controllers: controllers.collect(),
             cells: cells.collect(),
             underlay: place("underlay"),
+            postgres: None,
             claim: None,
             directory,
         }

@@ -5,20 +5,21 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use super::{Cell, Controller, Lab, Options, Saved, Store, UNDERLAY_MTU, namespace};
 use crate::interrupt;
 use crate::netns::Place;
 use crate::pki::{self, Authority};
+use crate::postgres::Postgres;
 
 const BRIDGE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 /// How long a program may take until it is ready; an initdb on a busy machine is the longest.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Lab {
-    pub(super) fn build(&self, options: &Options) -> Result<()> {
+    pub(super) fn build(&mut self, options: &Options) -> Result<()> {
         let say = |text: &str| {
             if options.progress {
                 eprintln!("lab: {text}");
@@ -27,12 +28,12 @@ impl Lab {
         say("namespaces, underlay, certificates");
         self.make_underlay()?;
         self.make_files(options)?;
-        let database: Option<Value> = match options.store {
-            Store::Sqlite => None,
-            Store::Postgres => {
-                bail!("postgres: to come")
-            }
-        };
+        if options.store == Store::Postgres {
+            say("a scratch Postgres");
+            let directory = self.directory.join("postgres");
+            self.postgres = Some(Postgres::make(&self.underlay, &directory, BRIDGE.into(), 5432)?);
+        }
+        let database = self.postgres.as_ref().map(|postgres| postgres.database("weft")).transpose()?;
         say(&format!("{} controller(s), {} cell(s)", self.controllers.len(), self.cells.len()));
         for controller in &self.controllers {
             let mut config = controller.config();
