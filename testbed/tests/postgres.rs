@@ -9,7 +9,9 @@ fn what_is_committed_survives_kill() {
     let postgres = Postgres::scratch().unwrap();
     let config = postgres.database("weft").unwrap();
     assert_eq!(config["name"], "weft");
-    postgres.sql("weft", "create table held (subnet cidr); insert into held values ('10.255.1.0/24')").unwrap();
+    postgres
+        .sql("weft", "create table held (subnet cidr); insert into held values ('10.255.1.0/24')")
+        .unwrap();
     let server = postgres.daemon.process().unwrap();
     for _ in 0..3 {
         postgres.kill().unwrap();

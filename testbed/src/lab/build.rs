@@ -108,9 +108,7 @@ impl Lab {
             identity.write(&controller.directory, "identity")?;
         }
         for cell in &self.cells {
-            for directory in
-                ["logs", "run", "state", "cni/config", "cni/plugins", "cni/results", "containers"]
-            {
+            for directory in ["logs", "state", "cni/config", "cni/plugins", "cni/results", "containers"] {
                 make(cell.directory.join(directory))?;
             }
             authority.node()?.write(&cell.directory, "identity")?;
