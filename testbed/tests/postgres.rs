@@ -1,7 +1,5 @@
 //! The scratch server keeps what it committed over `kill -9`, and leaves no process.
 
-#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
-
 use weft_testbed::postgres::{Postgres, USER};
 
 #[test]
