@@ -207,4 +207,18 @@ mod tests {
         let config: DatabaseConfig = serde_json::from_value(config).expect("valid");
         assert!(!format!("{config:?}").contains("secret"));
     }
+
+    /// The error for an unknown field lists all that are known.
+    #[test]
+    fn the_page_for_operators_names_every_field() {
+        let error = serde_json::from_value::<Config>(json!({"?": 1})).expect_err("unknown").to_string();
+        let page = include_str!("../../docs/operating.md");
+        let (_, section) = page.split_once("\n## weft-controller\n").expect("section");
+        let (section, _) = section.split_once("\n## ").expect("another section");
+        let fields: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
+        assert!(fields.len() > 10, "{error}");
+        for field in fields {
+            assert!(section.contains(&format!("`{field}`")), "{field} is missing in docs/operating.md");
+        }
+    }
 }

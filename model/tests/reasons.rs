@@ -70,7 +70,7 @@ fn table() -> String {
             Level::Warn => "WARN",
             Level::Error => "ERROR",
         };
-        let message = reason.to_string().replace('<', "*").replace('>', "*");
+        let message = reason.to_string().replace(['<', '>'], "*");
         writeln!(
             text,
             "| `{}` | {message} | {} | {:?} | {then} | {level} |",
