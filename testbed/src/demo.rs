@@ -93,7 +93,10 @@ impl Page {
         let start = Instant::now();
         let result = work();
         let mark = if result.is_ok() { self.paint("32", "ok") } else { self.paint("31", "--") };
-        println!("  {mark}  {what} {}", self.paint("2", format!("({:.1} s)", start.elapsed().as_secs_f64())));
+        let took = start.elapsed();
+        let took =
+            if took.as_secs() == 0 { format!("{} ms", took.as_millis()) } else { format!("{took:.1?}") };
+        println!("  {mark}  {what} {}", self.paint("2", format!("({took})")));
         result
     }
 

@@ -60,6 +60,7 @@ impl Postgres {
         initdb.arg("--no-locale").arg("--pwfile").arg(&password).arg("--pgdata").arg(&data);
         let output = initdb.output().context("execute initdb")?;
         ensure!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
+        fs::write(data.join("pg_hba.conf"), "host all all 0.0.0.0/0 scram-sha-256\n")?;
         let postgres = Self {
             host,
             port,
