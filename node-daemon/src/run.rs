@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use prometheus_client::registry::Registry;
@@ -26,17 +26,21 @@ use crate::metrics::Metrics;
 use crate::overlay::Overlay;
 use crate::snapshot;
 
+/// How long a daemon waits for the one before it to end.
+const SUCCESSION: Duration = Duration::from_secs(3);
+
 pub async fn run(config: Config) -> Result<()> {
     let ended = ended()?;
     #[expect(clippy::disallowed_methods, reason = "certificates are valid in wall-clock time")]
     let now = SystemTime::now();
     config.certificates().load(now)?;
     let boot_id = boot_id()?;
-    let health_listener = http::bind(config.health_address).await.context("health_address")?;
+    // Bound before anything is read or changed: a second daemon on this cell ends here.
+    let socket = patiently(async || Socket::bind(&config.socket)).await?;
+    let health_listener = patiently(async || http::bind(config.health_address).await).await;
+    let health_listener = health_listener.context("health_address")?;
     let (journal, records) = Journal::open(&config.state_directory, &boot_id)?;
     let snapshot = snapshot::load(&config.state_directory)?;
-    // Bound before anything is changed: a second daemon on this cell ends here.
-    let socket = Socket::bind(&config.socket)?;
 
     let mut kernel = Netlink::open(config.vtep_name.clone())?;
     let device = kernel.underlay(config.underlay_ip, config.vxlan_interface_name.as_ref()).await;
@@ -95,6 +99,18 @@ pub async fn run(config: Config) -> Result<()> {
     socket.serve(inbox, ended).await?;
     info!("stopped; everything in the kernel stays");
     Ok(())
+}
+
+/// A daemon that was killed keeps its sockets until its last thread is out of the kernel, where deleting a link may
+/// hold one up for some 30 ms: its successor tries again for a while.
+async fn patiently<T, E>(bind: impl AsyncFn() -> Result<T, E>) -> Result<T, E> {
+    let deadline = Instant::now() + SUCCESSION;
+    loop {
+        match bind().await {
+            Err(_) if Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
+            bound => return bound,
+        }
+    }
 }
 
 /// Cells begin at different controllers.
