@@ -11,15 +11,14 @@ use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, InfoData, InfoKind, InfoVeth,
-    InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
-};
+use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
 use nix::libc::{EADDRNOTAVAIL, EAFNOSUPPORT, ENODEV, ENOENT, ESRCH};
+use rtnetlink::{LinkVxlan, RouteMessageBuilder};
 use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
 use weft_model::cell::{PeerSpec, VtepSpec};
 use weft_model::link::{GATEWAY, LinkSpec};
@@ -108,12 +107,7 @@ pub(super) fn inner_end(spec: &LinkSpec) -> Vec<Request> {
     let (index, addr) = (spec.index(), spec.addr.get());
     let mut conf = InetDevConf::default();
     conf.rp_filter = 1;
-    let mut default = route_message();
-    default.attributes = vec![
-        RouteAttribute::Gateway(RouteAddress::Inet(GATEWAY)),
-        RouteAttribute::Oif(index),
-        RouteAttribute::PrefSource(RouteAddress::Inet(addr)),
-    ];
+    let default = route_via(GATEWAY, index).pref_source(addr).build();
     vec![
         set_link("configure", index, vec![ipv4(conf)], LinkFlags::Noarp),
         no_link_local(index),
@@ -184,24 +178,16 @@ fn no_link_local(index: u32) -> Request {
 
 /// The MAC comes with the creation: udev and systemd give a device another one if it is set later.
 pub(super) fn vtep(spec: &VtepSpec) -> Request {
-    let mut message = LinkMessage::default();
-    message.attributes = vec![
-        LinkAttribute::IfName(spec.name.to_string()),
-        LinkAttribute::Address(spec.mac.bytes().to_vec()),
-        LinkAttribute::Mtu(spec.mtu),
-        LinkAttribute::LinkInfo(vec![
-            LinkInfo::Kind(InfoKind::Vxlan),
-            LinkInfo::Data(InfoData::Vxlan(vec![
-                InfoVxlan::Id(VNI),
-                InfoVxlan::Link(spec.device),
-                InfoVxlan::Local(spec.local.get()),
-                InfoVxlan::Port(spec.port),
-                InfoVxlan::Learning(false),
-                InfoVxlan::UDPCsum(true),
-                InfoVxlan::Gbp,
-            ])),
-        ]),
-    ];
+    let message = LinkVxlan::new(spec.name.as_str(), VNI)
+        .dev(spec.device)
+        .local(spec.local.get())
+        .port(spec.port)
+        .learning(false)
+        .udp_csum(true)
+        .gbp()
+        .address(spec.mac.bytes().to_vec())
+        .mtu(spec.mtu)
+        .build();
     request("create", Rtnl::NewLink(message), CREATE)
 }
 
@@ -227,8 +213,7 @@ pub(super) fn vtep_settings(spec: &VtepSpec, index: u32) -> Vec<Request> {
 
 pub(super) fn peer(spec: &PeerSpec, vtep: u32) -> [Request; 3] {
     let gateway = spec.subnet.gateway();
-    let mut route = route_to(spec.subnet, gateway, vtep);
-    route.attributes.push(RouteAttribute::PrefSource(RouteAddress::Inet(spec.source)));
+    let route = route_to(spec.subnet, gateway, vtep).pref_source(spec.source).build();
     [
         forward(vtep, spec.mac, spec.underlay),
         neighbour("lay the neighbour of", vtep, gateway, spec.mac),
@@ -238,12 +223,12 @@ pub(super) fn peer(spec: &PeerSpec, vtep: u32) -> [Request; 3] {
 
 /// `metric` 0: of the route with the lowest one.
 pub(super) fn delete_route(subnet: OverlaySubnet, gateway: Ipv4Addr, metric: u32, vtep: u32) -> Request {
-    let mut route = route_to(subnet, gateway, vtep);
-    route.header.scope = RouteScope::NoWhere;
-    route.header.protocol = RouteProtocol::Unspec;
-    route.header.kind = RouteType::Unspec;
-    route.attributes.push(RouteAttribute::Priority(metric));
-    deletion("delete the route of", Rtnl::DelRoute(route))
+    let route = route_to(subnet, gateway, vtep)
+        .scope(RouteScope::NoWhere)
+        .protocol(RouteProtocol::Unspec)
+        .kind(RouteType::Unspec)
+        .priority(metric);
+    deletion("delete the route of", Rtnl::DelRoute(route.build()))
 }
 
 pub(super) fn delete_neighbour(addr: Ipv4Addr, vtep: u32) -> Request {
@@ -276,27 +261,19 @@ fn forward_message(vtep: u32, mac: HardwareAddr) -> NeighbourMessage {
 
 // === parts ===
 
-fn route_message() -> RouteMessage {
-    let mut route = RouteMessage::default();
-    route.header.address_family = AddressFamily::Inet;
-    route.header.table = RouteHeader::RT_TABLE_MAIN;
+/// Through `gateway` on a device, to everywhere until a destination is given.
+fn route_via(gateway: Ipv4Addr, device: u32) -> RouteMessageBuilder<Ipv4Addr> {
     // As silk and `ip route` without `proto`: a cell that is taken over keeps its routes as they are. Ours are known
     // by the device they go through.
-    route.header.protocol = RouteProtocol::Boot;
-    route.header.scope = RouteScope::Universe;
-    route.header.kind = RouteType::Unicast;
-    route
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .protocol(RouteProtocol::Boot)
+        .gateway(gateway)
+        .output_interface(device)
 }
 
-fn route_to(subnet: OverlaySubnet, gateway: Ipv4Addr, vtep: u32) -> RouteMessage {
-    let mut route = route_message();
-    route.header.destination_prefix_length = subnet.network().prefix();
-    route.attributes = vec![
-        RouteAttribute::Destination(RouteAddress::Inet(subnet.network().network())),
-        RouteAttribute::Gateway(RouteAddress::Inet(gateway)),
-        RouteAttribute::Oif(vtep),
-    ];
-    route
+fn route_to(subnet: OverlaySubnet, gateway: Ipv4Addr, vtep: u32) -> RouteMessageBuilder<Ipv4Addr> {
+    let network = subnet.network();
+    route_via(gateway, vtep).destination_prefix(network.network(), network.prefix())
 }
 
 /// An address that is valid on the link only. `peer` is the address itself, unless the link is point to point.
