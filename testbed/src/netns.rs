@@ -12,8 +12,10 @@ use std::sync::mpsc;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns, unshare};
+use nix::unistd::Pid;
 
 /// Where something runs: a network namespace, and for a cell its own view of the file system.
 #[derive(Debug, Clone)]
@@ -36,27 +38,38 @@ impl Place {
 
     /// Makes new namespaces and keeps them under these names, loopback up.
     pub fn create(network: PathBuf, mount: Option<PathBuf>) -> Result<Self> {
+        let place = Self::at(network, mount);
+        // A mount namespace is kept only within an older one, by its number; and numbers are given out by each
+        // processor for itself. One that this process's own namespace was made on gives out higher numbers.
+        let mut processors = 0..CpuSet::count();
+        while let Err(error) = place.make(processors.next()) {
+            if error.downcast_ref() != Some(&Errno::EINVAL) || processors.is_empty() {
+                return Err(error);
+            }
+        }
+        place.ip("link set lo up\n")?;
+        Ok(place)
+    }
+
+    fn make(&self, processor: Option<usize>) -> Result<()> {
         let (made, wait_made) = mpsc::channel();
         let (kept, wait_kept) = mpsc::channel::<()>();
         thread::scope(|scope| {
-            let own_mounts = mount.is_some();
+            let own_mounts = self.mount.is_some();
             scope.spawn(move || {
-                let result = new_namespaces(own_mounts).map(|()| nix::unistd::gettid());
+                let result = new_namespaces(own_mounts, processor).map(|()| nix::unistd::gettid());
                 drop(made.send(result));
                 // The namespaces live as long as this thread, until they are bound; an error means "now".
                 let _ = wait_kept.recv();
             });
             let thread = wait_made.recv().context("make namespaces")??;
-            bind(&format!("/proc/self/task/{thread}/ns/net"), &network)?;
-            if let Some(mount) = &mount {
+            if let Some(mount) = &self.mount {
                 bind(&format!("/proc/self/task/{thread}/ns/mnt"), mount)?;
             }
+            bind(&format!("/proc/self/task/{thread}/ns/net"), &self.network)?;
             drop(kept);
-            anyhow::Ok(())
-        })?;
-        let place = Self::at(network, mount);
-        place.ip("link set lo up\n")?;
-        Ok(place)
+            Ok(())
+        })
     }
 
     /// A container of this cell, by the file that keeps its network namespace.
@@ -163,7 +176,12 @@ pub fn remove_container(file: &Path) -> Result<()> {
     }
 }
 
-fn new_namespaces(own_mounts: bool) -> Result<()> {
+/// Makes the calling thread's namespaces new, on a processor if one is named and there is such a one.
+fn new_namespaces(own_mounts: bool, processor: Option<usize>) -> Result<()> {
+    let mut processors = CpuSet::new();
+    if own_mounts && processor.is_some_and(|processor| processors.set(processor).is_ok()) {
+        let _ = sched_setaffinity(Pid::from_raw(0), &processors);
+    }
     let mut flags = CloneFlags::CLONE_NEWNET;
     flags.set(CloneFlags::CLONE_NEWNS, own_mounts);
     unshare(flags).context("make namespaces (as root?)")?;
@@ -180,6 +198,8 @@ fn new_namespaces(own_mounts: bool) -> Result<()> {
 fn bind(source: &str, target: &Path) -> Result<()> {
     File::create_new(target).with_context(|| format!("create {}", target.display()))?;
     let none: Option<&str> = None;
-    mount(Some(source), target, none, MsFlags::MS_BIND, none)
+    let bound = mount(Some(source), target, none, MsFlags::MS_BIND, none);
+    bound
+        .inspect_err(|_| drop(std::fs::remove_file(target)))
         .with_context(|| format!("bind {source} to {}", target.display()))
 }
