@@ -87,20 +87,17 @@ impl Daemon {
 
 impl Process {
     fn now(pid: i32) -> Option<Self> {
-        let (_, started) = stat(pid)?;
-        Some(Self { pid, started })
+        Some(Self { pid, started: stat(pid)?.started })
     }
 
-    /// Whether it still runs; a zombie does not, and is reaped if it is ours.
+    /// Whether any of it still runs: until its last thread has gone, its sockets may be open. Reaped if ours.
     pub fn alive(self) -> bool {
-        match stat(self.pid) {
-            Some((state, started)) if started == self.started && matches!(state, 'Z' | 'X') => {
-                let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
-                false
-            }
-            Some((_, started)) => started == self.started,
-            None => false,
+        let Some(now) = stat(self.pid).filter(|now| now.started == self.started) else { return false };
+        let over = matches!(now.state, 'Z' | 'X') && now.threads <= 1;
+        if over {
+            let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
         }
+        !over
     }
 
     pub fn signal(self, signal: Signal) {
@@ -120,12 +117,21 @@ impl Process {
     }
 }
 
-/// State and start time from /proc/PID/stat; the name in the middle may hold anything, `)` included.
-fn stat(pid: i32) -> Option<(char, u64)> {
+struct Stat {
+    state: char,
+    threads: u32,
+    started: u64,
+}
+
+/// Fields 3, 20 and 22 of /proc/PID/stat; the name in the middle may hold anything, `)` included.
+fn stat(pid: i32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = text.rsplit(')').next()?.split_whitespace();
-    let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    let fields: Vec<&str> = text.rsplit(')').next()?.split_whitespace().collect();
+    Some(Stat {
+        state: fields.first()?.chars().next()?,
+        threads: fields.get(17)?.parse().ok()?,
+        started: fields.get(19)?.parse().ok()?,
+    })
 }
 
 /// Ends every process that is [`inside`] any of `namespaces`: SIGTERM, then SIGKILL after
