@@ -60,6 +60,15 @@ fn code(output: &std::process::Output) -> i64 {
     error["code"].as_i64().unwrap_or_else(|| panic!("{}", said(output)))
 }
 
+/// Tells [`churn`] to stop, also when the test has failed.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Containers come and go on a cell until told to stop. A call may fail only with "try again later"; then, as Garden
 /// does, the container is deleted and the next one is tried.
 fn churn(cell: &Cell, stop: &AtomicBool) -> usize {
@@ -105,6 +114,7 @@ fn nodes_and_controllers_killed_at_any_moment_lose_nothing_and_break_no_connecti
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let churned = scope.spawn(|| churn(one, &stop));
+        let at_the_end = Stop(&stop);
         for n in 0..kills() {
             // Moments that no schedule of the system knows: 0 to 300 ms into whatever goes on.
             thread::sleep(Duration::from_millis((n as u64 * 137) % 300));
@@ -127,7 +137,7 @@ fn nodes_and_controllers_killed_at_any_moment_lose_nothing_and_break_no_connecti
                 }
             }
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(at_the_end);
         assert!(churned.join().unwrap() > 0);
     });
 
