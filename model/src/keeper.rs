@@ -1,7 +1,8 @@
 //! The cell's side of its lease: what to ask the controllers, when, and what to believe of their answers.
 //!
 //! A state machine without a clock: [`Keeper::on`] takes an event and the time and says what to do;
-//! [`Keeper::next_deadline`] says when to wake it with [`Event::Due`] at the latest. Its driver connects, sends, receives.
+//! [`Keeper::next_deadline`] says when to wake it with [`Event::Due`] at the latest. Its driver connects, sends, receives,
+//! and bounds each attempt in time: while one is under way there is no deadline, only its end.
 //!
 //! ```text
 //!            Acquire ──granted──▶ Watch ──▶ following ──closed──▶ waiting ──due──▶ Watch, at another controller
@@ -71,6 +72,9 @@ pub struct Snapshot {
     pub lease: Lease,
     pub peers: Peers,
     pub cursor: Option<Cursor>,
+    /// Why no container may be added; a restart does not lift that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fenced: Option<Reason>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +109,7 @@ enum Phase {
 pub struct Keeper {
     cell: Cell,
     own: Option<Lease>,
-    fenced: bool,
+    fenced: Option<Reason>,
     table: Table,
     phase: Phase,
     failures: u32,
@@ -122,9 +126,9 @@ impl Keeper {
         let snapshot = snapshot.filter(mine);
         Self {
             own: snapshot.as_ref().map(|snapshot| snapshot.lease),
+            fenced: snapshot.as_ref().and_then(|snapshot| snapshot.fenced.clone()),
             table: snapshot.map(Table::from).unwrap_or_default(),
             cell,
-            fenced: false,
             phase: Phase::Waiting(Duration::ZERO),
             failures: 0,
             trouble: None,
@@ -137,11 +141,15 @@ impl Keeper {
         self.own.map(|own| Act::Publish { own, peers: self.table.peers(own.underlay) })
     }
 
+    pub fn fenced(&self) -> Option<&Reason> {
+        self.fenced.as_ref()
+    }
+
     pub fn view(&self) -> View {
-        let state = match (self.own, self.fenced) {
+        let state = match (&self.own, &self.fenced) {
             (None, _) => LeaseState::None,
-            (Some(_), true) => LeaseState::Fenced,
-            (Some(_), false) => LeaseState::Held,
+            (Some(_), Some(_)) => LeaseState::Fenced,
+            (Some(_), None) => LeaseState::Held,
         };
         let peers = self.own.map_or(0, |own| self.table.peers(own.underlay).len());
         let (confirmed_at, trouble) = (self.confirmed_at, self.trouble.clone());
@@ -205,21 +213,25 @@ impl Keeper {
         self.phase = Phase::Following;
         self.trouble = None;
         self.confirmed_at = Some(now);
-        std::mem::take(&mut self.fenced).then_some(Act::Unfence).into_iter().collect()
+        if self.fenced.take().is_none() {
+            return Vec::new();
+        }
+        let mut acts = vec![Act::Unfence];
+        acts.extend(self.snapshot().map(Act::Save));
+        acts
     }
 
     fn changes(&mut self, changes: &Changes, now: Duration, pick: &mut dyn FnMut(u32) -> u32) -> Vec<Act> {
         let Some(own) = self.own else { return Vec::new() };
         match self.table.take(changes, own.underlay) {
             Verdict::Agrees { changed } => {
-                self.failures = 0;
                 self.confirmed_at = Some(now);
-                let gone = !changes.more && !changes.reconciling && !self.table.holds(&own);
                 let mut acts = if changed { self.publish_and_save() } else { Vec::new() };
-                if gone {
+                if changes.more || changes.reconciling || self.table.holds(&own) {
+                    self.failures = 0;
+                } else {
                     // Expired while we were cut off, or released by hand: claimed again, it is ours or in conflict.
-                    acts.push(Act::HangUp);
-                    acts.extend(self.next_attempt());
+                    acts.extend(self.elsewhere("its table lacks our lease", now, pick));
                 }
                 acts
             }
@@ -244,9 +256,10 @@ impl Keeper {
 
     fn closed(&mut self, reason: Reason, now: Duration, pick: &mut dyn FnMut(u32) -> u32) -> Vec<Act> {
         let mut acts = Vec::new();
-        if reason.class() == Class::Fenced && !self.fenced {
-            self.fenced = true;
+        if reason.class() == Class::Fenced && self.fenced.is_none() {
+            self.fenced = Some(reason.clone());
             acts.push(Act::Fence(reason.clone()));
+            acts.extend(self.snapshot().map(Act::Save));
         }
         acts.extend(self.wait(reason, now, pick));
         acts
@@ -266,10 +279,14 @@ impl Keeper {
         Vec::new()
     }
 
+    fn snapshot(&self) -> Option<Snapshot> {
+        let lease = self.own?;
+        let (peers, cursor) = (self.table.peers(lease.underlay), self.table.cursor());
+        Some(Snapshot { lease, peers, cursor, fenced: self.fenced.clone() })
+    }
+
     fn publish_and_save(&self) -> Vec<Act> {
-        let Some(lease) = self.own else { return Vec::new() };
-        let peers = self.table.peers(lease.underlay);
-        let cursor = self.table.cursor();
-        vec![Act::Publish { own: lease, peers: peers.clone() }, Act::Save(Snapshot { lease, peers, cursor })]
+        let Some(snapshot) = self.snapshot() else { return Vec::new() };
+        vec![Act::Publish { own: snapshot.lease, peers: snapshot.peers.clone() }, Act::Save(snapshot)]
     }
 }

@@ -320,6 +320,19 @@ fn another_machine_at_the_address_is_refused_while_the_known_one_lives() {
 }
 
 #[test]
+fn a_cell_that_comes_back_as_its_tombstone_ends_has_what_it_was_given() {
+    let (mut database, mut ledger) = (Database::new(0), Ledger::new(rules()));
+    let block = || cell(0, 0, SubnetKind::Block);
+    ask(&mut database, &mut ledger, Request::Acquire(block())).expect("acquire");
+    ask(&mut database, &mut ledger, Request::Release(block())).expect("release");
+    let head = Head { service_time: ServiceTime(1_000), ..database.head };
+    let decision = ledger.step(&head, &[Request::Tick, Request::Acquire(block())], &mut |_| 0);
+    let given = lease_of(decision.answers[1].clone());
+    database.commit(&decision);
+    assert_eq!(database.rows.get(&underlay(0)).map(|row| (row.lease, row.state)), Some((given, State::Held)));
+}
+
+#[test]
 fn twenty_acquires_at_once_for_one_cell_are_one_lease() {
     let ledger = {
         let mut ledger = Ledger::new(rules());

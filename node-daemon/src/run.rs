@@ -65,7 +65,10 @@ pub async fn run(config: Config) -> Result<()> {
     let (overlay, leases) = watch::channel(Overlay::new(Instant::now(), keeper.view()));
     if let Some(Act::Publish { own, peers }) = keeper.known() {
         info!(subnet = %own.subnet, peers = peers.len(), "started from the snapshot of leases");
-        overlay.send_modify(|overlay| overlay.table = Some((own, peers)));
+        overlay.send_modify(|overlay| {
+            overlay.table = Some((own, peers));
+            overlay.fenced = keeper.fenced().cloned();
+        });
     }
     let (inbox, waiting) = inbox();
     let mut cell = Cell::new(config.cell());

@@ -55,7 +55,7 @@ mod tests {
         assert_eq!(load(directory.path()).expect("none"), None);
         let lease = |n| Lease::new(walk::underlay(n), walk::subnet(n));
         let peers = [2, 3].map(|n| (walk::underlay(n), lease(n))).into();
-        let snapshot = Snapshot { lease: lease(1), peers, cursor: None };
+        let snapshot = Snapshot { lease: lease(1), peers, cursor: None, fenced: None };
         save(directory.path(), &snapshot).expect("save");
         assert_eq!(load(directory.path()).expect("load"), Some(snapshot));
         fs::write(path(directory.path()), "{").expect("write");

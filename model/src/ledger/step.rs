@@ -253,6 +253,8 @@ impl Draft<'_> {
         if !rows.is_empty() || !self.purge.is_empty() {
             self.head.cursor.revision = self.revision;
         }
+        // A cell may come back in the very step that ends its tombstone.
+        self.purge.retain(|underlay| !self.written.contains(underlay));
         let seen = self.seen.difference(&self.written).copied().collect();
         Decision { answers, rows, purge: self.purge, head: self.head, seen }
     }
