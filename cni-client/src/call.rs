@@ -27,6 +27,9 @@ use crate::output;
 
 /// A daemon that is there accepts at once; a runtime must hear within a second that it is not.
 const CONNECT: Duration = Duration::from_millis(800);
+/// A daemon that is there but does not run, stopped or stuck, answers no ping.
+const PING: Duration = Duration::from_secs(2);
+const PONG: Duration = Duration::from_secs(5);
 /// For the whole call. The daemon has a shorter deadline of its own, so this one speaks only if the daemon hangs.
 const CALL: Duration = Duration::from_secs(60);
 
@@ -123,7 +126,9 @@ async fn connect(socket: &Path, namespace: Option<OwnedFd>) -> Result<Channel, S
         }
     });
     // The name stands for nothing: the connector decides where to.
-    let connected = Endpoint::from_static("http://weft-node").connect_with_connector(connector).await;
+    let endpoint =
+        Endpoint::from_static("http://weft-node").http2_keep_alive_interval(PING).keep_alive_timeout(PONG);
+    let connected = endpoint.connect_with_connector(connector).await;
     connected.map_err(|error| {
         let mut why: &dyn std::error::Error = &error;
         while let Some(source) = why.source() {
