@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::info;
 use weft_daemon::http::{self, Health};
+use weft_daemon::tls::TlsError;
 use weft_model::cell::{Cell, VXLAN_OVERHEAD};
 use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
@@ -33,7 +34,12 @@ pub async fn run(config: Config) -> Result<()> {
     let ended = ended()?;
     #[expect(clippy::disallowed_methods, reason = "certificates are valid in wall-clock time")]
     let now = SystemTime::now();
-    config.certificates().load(now)?;
+    match config.certificates().load(now) {
+        // Containers come and go without a controller, so the node starts all the same. The lease stream says what is
+        // wrong, and tries the files again.
+        Ok(_) | Err(TlsError::Expired { .. } | TlsError::NotYetValid { .. }) => {}
+        Err(unusable) => return Err(unusable.into()),
+    }
     let boot_id = boot_id()?;
     // Bound before anything is read or changed: a second daemon on this cell ends here.
     let socket = patiently(async || Socket::bind(&config.socket)).await?;

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use weft_testbed::external_networker::{Container, Request, said};
 use weft_testbed::lab::{Cell, Store};
+use weft_testbed::pki::Authority;
 use weft_testbed::prober::{self, Transfer};
 use weft_testbed::{Lab, Options};
 
@@ -204,6 +206,52 @@ fn a_node_that_never_had_a_lease_says_why_it_cannot_add() {
     };
     assert_eq!(code(&refused), 11, "{}", said(&refused));
     assert_eq!(links(cell), BTreeSet::new());
+}
+
+/// With certificates that no controller accepts a node goes on from its snapshot, and says what is wrong with which
+/// file; once they are mended it follows again, without a restart.
+#[test]
+fn certificates_that_do_not_fit_are_named_and_cost_no_container() {
+    let lab = lab("certificates", |_| {});
+    let cell = &lab.cells[0];
+    let config: Value = serde_json::from_slice(&std::fs::read(cell.config_file()).unwrap()).unwrap();
+    let file = |field: &str| PathBuf::from(config[field].as_str().unwrap());
+    let (certificate, key) = (file("certificate_file"), file("key_file"));
+    let good = (std::fs::read(&certificate).unwrap(), std::fs::read(&key).unwrap());
+    let authority = Authority::new("another").unwrap();
+    let strange = authority.node().unwrap();
+    let old = authority.expired("weft-node", None).unwrap();
+    for (identity, names) in [(strange, "UnknownCA"), (old, "expired on")] {
+        std::fs::write(&certificate, &identity.certificate).unwrap();
+        std::fs::write(&key, &identity.key).unwrap();
+        cell.kill_node().unwrap();
+        cell.start_node().unwrap();
+        cell.wait_ready(1, PATIENCE).unwrap();
+        let log = || std::fs::read_to_string(cell.directory.join("logs/weft-node.log")).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while !log().contains(names) {
+            assert!(Instant::now() < deadline, "{names} is not in the log");
+            thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(cell.status().unwrap()["controller"], "");
+        cell.add(&Request::app("c")).unwrap();
+        cell.del("c").unwrap();
+    }
+    std::fs::write(&certificate, good.0).unwrap();
+    std::fs::write(&key, good.1).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while cell.status().unwrap()["controller"] == "" {
+        assert!(Instant::now() < deadline, "the controller is not followed again");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(lab.complaints(&AFTER_KILLS), Vec::<String>::new());
+
+    // What is no certificate at all is an error at start that names the file.
+    std::fs::write(&certificate, "garbage").unwrap();
+    cell.kill_node().unwrap();
+    cell.start_node().unwrap();
+    let error = cell.wait_ready(1, PATIENCE).unwrap_err().to_string();
+    assert!(error.contains(certificate.to_str().unwrap()) && error.contains("has ended"), "{error}");
 }
 
 /// Each of these is refused with its code and a message that names what is wrong, and changes nothing.
