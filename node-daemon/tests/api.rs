@@ -1,0 +1,209 @@
+//! Who is admitted to the daemon's socket, and what a connection may bring along.
+
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
+use std::fs::{self, File, Permissions};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use nix::sched::{CloneFlags, unshare};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+use weft_model::address::{DeviceName, OverlayAddr};
+use weft_model::cell::Wanted;
+use weft_model::container::Handle;
+use weft_model::link::LinkSpec;
+use weft_model::reason::Reason;
+use weft_node::api::{ApiError, Socket};
+use weft_node::calls::Calls;
+use weft_proto::node::containers_client::ContainersClient;
+use weft_proto::node::{AddRequest, DeleteRequest, StatusRequest, StatusResponse};
+use weft_proto::status::reason_of;
+
+/// Counts what gets through.
+#[derive(Debug, Clone, Default)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Calls for Counted {
+    async fn add(&self, wanted: Wanted, _: OwnedFd) -> Result<LinkSpec, Reason> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        let addr = OverlayAddr::new([10, 255, 1, 2].into());
+        Ok(LinkSpec { addr, handle: wanted.handle, interface: wanted.interface, mtu: 1450 })
+    }
+
+    async fn check(
+        &self,
+        _: Handle,
+        _: DeviceName,
+        _: Option<OverlayAddr>,
+        _: OwnedFd,
+    ) -> Result<(), Reason> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn delete(&self, _: Handle, _: DeviceName) -> Result<(), Reason> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn status(&self) -> StatusResponse {
+        StatusResponse { version: "test".into(), ..StatusResponse::default() }
+    }
+}
+
+struct World {
+    directory: TempDir,
+    calls: Counted,
+}
+
+impl World {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let world = Self { directory, calls: Counted::default() };
+        let socket = Socket::bind(&world.path()).unwrap();
+        tokio::spawn(socket.serve(world.calls.clone(), std::future::pending()));
+        world
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("run/node.sock")
+    }
+
+    fn calls(&self) -> usize {
+        self.calls.0.load(Ordering::Relaxed)
+    }
+
+    /// A client whose connection brings these descriptors with its first byte.
+    async fn client(&self, descriptors: Vec<OwnedFd>) -> ContainersClient<Channel> {
+        let (path, descriptors) = (self.path(), Arc::new(Mutex::new(descriptors)));
+        let connector = tower::service_fn(move |_| {
+            let (path, descriptors) = (path.clone(), Arc::clone(&descriptors));
+            async move {
+                let stream = UnixStream::connect(path).await?;
+                let descriptors = std::mem::take(&mut *descriptors.lock().unwrap());
+                if !descriptors.is_empty() {
+                    send(&stream, &descriptors);
+                }
+                Ok::<_, std::io::Error>(TokioIo::new(stream))
+            }
+        });
+        let channel = Endpoint::from_static("http://node").connect_with_connector(connector).await.unwrap();
+        ContainersClient::new(channel)
+    }
+
+    async fn add(&self, descriptors: Vec<OwnedFd>) -> Result<(), Status> {
+        let request = AddRequest { handle: "h".into(), interface: "eth0".into(), ..AddRequest::default() };
+        self.client(descriptors).await.add(request).await.map(drop)
+    }
+}
+
+fn send(stream: impl AsFd, descriptors: &[OwnedFd]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    sendmsg(stream, &[IoSlice::new(&[1])], &mut control, SendFlags::NOSIGNAL).unwrap();
+}
+
+fn another_namespace() -> OwnedFd {
+    let made = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("unshare a network namespace: run the tests as root");
+        File::open("/proc/thread-self/ns/net").unwrap().into()
+    });
+    made.join().unwrap()
+}
+
+fn file(path: &str) -> OwnedFd {
+    File::open(path).unwrap().into()
+}
+
+#[tokio::test]
+async fn the_namespace_is_a_containers_or_nothing_happens() {
+    let world = World::new();
+    let reason = |answer: Result<(), Status>| reason_of(&answer.unwrap_err()).unwrap();
+    for (descriptor, expected) in [
+        (file("/etc/passwd"), "NamespaceWrongKind"),
+        (file("/proc/self/ns/mnt"), "NamespaceWrongKind"),
+        (file("/proc/self/ns/net"), "NamespaceIsCells"),
+    ] {
+        let refused = reason(world.add(vec![descriptor]).await);
+        assert!(format!("{refused:?}").starts_with(expected), "{refused:?}");
+    }
+    let missing = reason(world.add(Vec::new()).await);
+    assert!(matches!(&missing, Reason::InvalidField { field, .. } if field == "namespace"), "{missing:?}");
+    // DEL does nothing in the namespace, but whoever passes the cell's own has lost its way.
+    let delete = DeleteRequest { handle: "h".into(), interface: "eth0".into() };
+    let own = world.client(vec![file("/proc/self/ns/net")]).await.delete(delete.clone()).await.map(drop);
+    assert!(matches!(reason(own), Reason::NamespaceIsCells { .. }));
+    assert_eq!(world.calls(), 0, "nothing got through");
+
+    world.add(vec![another_namespace()]).await.unwrap();
+    world.client(Vec::new()).await.delete(delete).await.unwrap();
+    assert_eq!(world.calls(), 2);
+}
+
+#[tokio::test]
+async fn more_than_one_descriptor_or_another_first_byte_ends_the_connection() {
+    let world = World::new();
+    world.add(vec![another_namespace(), another_namespace()]).await.unwrap_err();
+    for byte in [0u8, 2, b'G', 0xff] {
+        let mut stream = StdUnixStream::connect(world.path()).unwrap();
+        stream.write_all(&[byte]).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let ended = tokio::task::spawn_blocking(move || stream.read(&mut [0]).map_or(0, |n| n));
+        assert_eq!(ended.await.unwrap(), 0, "{byte}");
+    }
+    assert_eq!(world.calls(), 0);
+}
+
+/// Those that connect and say nothing are let go, and hold nobody up meanwhile.
+#[tokio::test]
+async fn the_silent_delay_nobody() {
+    let world = World::new();
+    let silent: Vec<_> = (0..50).map(|_| StdUnixStream::connect(world.path()).unwrap()).collect();
+    let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
+    assert_eq!(answer.into_inner().version, "test");
+    for mut stream in silent {
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let ended = tokio::task::spawn_blocking(move || stream.read(&mut [0]));
+        assert_eq!(ended.await.unwrap().unwrap(), 0);
+    }
+}
+
+#[tokio::test]
+async fn the_socket_is_ours_alone() {
+    let world = World::new();
+    let mode = |path: PathBuf| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(world.path()), mode(world.directory.path().join("run"))), (0o600, 0o700));
+    assert!(matches!(Socket::bind(&world.path()), Err(ApiError::InUse(_))));
+
+    let open = world.directory.path().join("open");
+    fs::create_dir(&open).unwrap();
+    fs::set_permissions(&open, Permissions::from_mode(0o755)).unwrap();
+    let error = Socket::bind(&open.join("node.sock")).unwrap_err().to_string();
+    assert!(error.contains("755") && error.contains("open"), "{error}");
+
+    let own = world.directory.path().join("own");
+    fs::create_dir(&own).unwrap();
+    fs::set_permissions(&own, Permissions::from_mode(0o700)).unwrap();
+    fs::write(own.join("node.sock"), "precious").unwrap();
+    assert!(matches!(Socket::bind(&own.join("node.sock")), Err(ApiError::NotASocket(_))));
+    assert_eq!(fs::read_to_string(own.join("node.sock")).unwrap(), "precious");
+
+    // What a daemon that was killed has left makes way.
+    let stale = own.join("stale.sock");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    Socket::bind(&stale).unwrap();
+}
