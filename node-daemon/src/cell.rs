@@ -154,6 +154,10 @@ impl<K: Kernel> Running<K> {
     // === one wave ===
 
     async fn wave(&mut self, requests: Vec<Request>) {
+        // A fence that was published before a call is heard before it.
+        if self.task.overlay.has_changed().unwrap_or(false) {
+            self.follow_leases();
+        }
         let mut asked = Vec::new();
         let mut namespaces = Namespaces::new();
         for request in requests {

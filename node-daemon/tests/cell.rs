@@ -1,0 +1,302 @@
+//! The cell's task on the real kernel with faults: whichever change of a step fails, the caller hears of it, nothing is
+//! left behind, and the next call works.
+
+#![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, unshare};
+use prometheus_client::registry::Registry;
+use tempfile::TempDir;
+use tokio::sync::watch;
+use weft_model::address::{DeviceName, UnderlayAddr};
+use weft_model::cell::{Cell, Outcome, Seen, Step, UnderlayDevice, Wanted};
+use weft_model::container::Owner;
+use weft_model::keeper::Keeper;
+use weft_model::lease::{self, Holder, Lease, Peers};
+use weft_model::reason::Reason;
+use weft_model::subnet::SubnetKind;
+use weft_model::walk;
+use weft_node::calls::Calls;
+use weft_node::cell::Task;
+use weft_node::inbox::{Inbox, inbox};
+use weft_node::journal::Journal;
+use weft_node::kernel::{Kernel, KernelError, Namespaces, Netlink};
+use weft_node::metrics::Metrics;
+use weft_node::overlay::Overlay;
+
+/// The real kernel, but for one change: counted over all steps, the one with this number is not carried out.
+struct Failing {
+    kernel: Netlink,
+    changes: Arc<AtomicUsize>,
+    fails: Arc<AtomicUsize>,
+}
+
+const NEVER: usize = usize::MAX;
+
+impl Kernel for Failing {
+    async fn apply(&mut self, step: &Step, namespaces: &Namespaces) -> Outcome {
+        let (mut rest, mut failed) = (step.clone(), None);
+        for list in [&mut rest.lay, &mut rest.remove] {
+            list.retain(|change| {
+                let fails =
+                    self.changes.fetch_add(1, Ordering::Relaxed) == self.fails.load(Ordering::Relaxed);
+                failed = failed.take().or_else(|| fails.then(|| change.key.clone()));
+                !fails
+            });
+        }
+        let mut outcome = self.kernel.apply(&rest, namespaces).await;
+        outcome.failed.extend(failed.map(|key| {
+            let subject = key.to_string();
+            (key, Reason::Kernel { operation: "test".into(), subject, why: "injected".into() })
+        }));
+        outcome
+    }
+
+    async fn see(&mut self) -> Result<Seen, KernelError> {
+        self.kernel.see().await
+    }
+
+    async fn underlay(
+        &mut self,
+        addr: UnderlayAddr,
+        named: Option<&DeviceName>,
+    ) -> Result<UnderlayDevice, KernelError> {
+        self.kernel.underlay(addr, named).await
+    }
+}
+
+struct World {
+    inbox: Inbox,
+    overlay: watch::Sender<Overlay>,
+    changes: Arc<AtomicUsize>,
+    fails: Arc<AtomicUsize>,
+    directory: TempDir,
+}
+
+fn ip(arguments: &str) -> String {
+    let output = Command::new("ip").args(arguments.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn links() -> usize {
+    ip("-o link").lines().filter(|line| line.contains(": s-")).count()
+}
+
+impl World {
+    async fn start(lease: Option<Lease>) -> Self {
+        ip("link set lo up");
+        ip("link add eth0 mtu 1500 type veth peer name uplink");
+        ip("addr add 10.0.0.100/24 dev eth0");
+        ip("link set eth0 up");
+        ip("link set uplink up");
+        let (changes, fails) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(NEVER)));
+        let kernel = Netlink::open("silk-vtep".parse().unwrap()).unwrap();
+        let kernel = Failing { kernel, changes: Arc::clone(&changes), fails: Arc::clone(&fails) };
+        let holder = Holder { cell_id: "cell".into(), boot_id: "boot".into() };
+        let who = lease::Cell { underlay: walk::underlay(100), holder, wants: SubnetKind::Block };
+        let mut overlay = Overlay::new(Instant::now(), Keeper::start(who, None).view());
+        overlay.table = lease.map(|lease| (lease, Peers::new()));
+        let (overlay, leases) = watch::channel(overlay);
+        let directory = tempfile::tempdir().unwrap();
+        let (journal, records) = Journal::open(directory.path(), "boot").unwrap();
+        let (inbox, waiting) = inbox();
+        let mut cell = Cell::new(walk::start(0).inputs().config.clone());
+        cell.replay(records);
+        let metrics = Arc::new(Metrics::new(&mut Registry::default()));
+        let task = Task {
+            cell,
+            kernel,
+            journal,
+            waiting,
+            inbox: inbox.clone(),
+            overlay: leases,
+            underlay_device: None,
+            metrics,
+        };
+        let started = task.start().await.unwrap();
+        tokio::spawn(started.run(futures::stream::pending()));
+        Self { inbox, overlay, changes, fails, directory }
+    }
+
+    async fn add(&self, n: u8, namespace: OwnedFd) -> Result<std::net::Ipv4Addr, Reason> {
+        let interface = "eth0".parse().unwrap();
+        let wanted = Wanted { handle: walk::handle(n), interface, mtu: None, owner: Owner::default() };
+        self.inbox.add(wanted, namespace).await.map(|link| link.addr.get())
+    }
+
+    async fn delete(&self, n: u8) -> Result<(), Reason> {
+        self.inbox.delete(walk::handle(n), "eth0".parse().unwrap()).await
+    }
+
+    /// The change with this number, counted from now, fails.
+    fn fail(&self, n: usize) {
+        self.fails.store(self.changes.load(Ordering::Relaxed) + n, Ordering::Relaxed);
+    }
+
+    /// Nothing is left: no container, no link, and all five addresses are free.
+    async fn empty(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let status = self.inbox.status().await;
+            if status.containers.is_empty() && status.free_addresses == 5 && links() == 0 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{status:?}, {} links", links());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+fn namespace() -> OwnedFd {
+    let made = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("unshare a network namespace: run the tests as root");
+        File::open("/proc/thread-self/ns/net").unwrap().into()
+    });
+    made.join().unwrap()
+}
+
+fn own_lease() -> Option<Lease> {
+    Some(Lease::new(walk::underlay(100), walk::subnet(1)))
+}
+
+/// In a network namespace and a runtime of its own.
+fn within<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
+    let done = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("unshare a network namespace: run the tests as root");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(test());
+    });
+    done.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+#[test]
+fn whichever_change_of_an_add_fails_nothing_is_left_and_the_next_one_works() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        for n in 0..3 {
+            world.fail(n);
+            let added = world.add(1, namespace()).await;
+            world.fails.store(NEVER, Ordering::Relaxed);
+            match added {
+                Err(reason) => assert!(reason.to_string().contains("injected"), "{reason}"),
+                Ok(_) => {
+                    assert!(n > 0, "the first change of an ADD is its link");
+                    world.delete(1).await.unwrap();
+                }
+            }
+            world.empty().await;
+        }
+        world.add(1, namespace()).await.unwrap();
+        assert_eq!(links(), 1);
+    });
+}
+
+#[test]
+fn a_delete_that_fails_is_said_so_and_succeeds_when_asked_again() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let kept = namespace();
+        world.add(1, kept.try_clone().unwrap()).await.unwrap();
+        world.fail(0);
+        let reason = world.delete(1).await.unwrap_err();
+        assert!(reason.to_string().contains("injected"), "{reason}");
+        world.delete(1).await.unwrap();
+        world.delete(1).await.unwrap();
+        world.empty().await;
+    });
+}
+
+#[test]
+fn what_cannot_be_laid_inside_is_taken_back() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        // Not a network namespace: the link cannot be born there.
+        let wrong: OwnedFd = File::open("/proc/self/ns/mnt").unwrap().into();
+        world.add(1, wrong).await.unwrap_err();
+        world.empty().await;
+        world.add(1, namespace()).await.unwrap();
+    });
+}
+
+#[test]
+fn a_caller_that_has_gone_leaves_nothing() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        for wait in [0, 1, 2, 5] {
+            let call = world.add(1, namespace());
+            drop(tokio::time::timeout(Duration::from_millis(wait), call).await);
+            // Whether it was made in time or not: a DEL as a runtime sends it.
+            world.delete(1).await.unwrap();
+            world.empty().await;
+        }
+    });
+}
+
+#[test]
+fn five_containers_fill_a_small_subnet_and_twenty_at_once_share_waves() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let calls = (0..20).map(|n| world.add(n, namespace()));
+        let answers = futures::future::join_all(calls).await;
+        let added: std::collections::BTreeSet<_> = answers.iter().flatten().collect();
+        assert_eq!(added.len(), 5, "{answers:?}");
+        let full = |answer: &Result<_, Reason>| matches!(answer, Err(Reason::SubnetFull { .. }));
+        assert_eq!(answers.iter().filter(|answer| full(answer)).count(), 15);
+        let again = world.add(0, namespace()).await;
+        assert!(matches!(again, Err(Reason::AlreadyAdded { .. })), "{again:?}");
+    });
+}
+
+#[test]
+fn without_a_lease_or_fenced_nothing_is_added_and_what_is_there_stays() {
+    within(async || {
+        let world = World::start(None).await;
+        let none = world.add(1, namespace()).await;
+        assert!(matches!(none, Err(Reason::NoLeaseYet { .. })), "{none:?}");
+        world.overlay.send_modify(|overlay| {
+            overlay.table = Some((Lease::new(walk::underlay(100), walk::subnet(1)), Peers::new()));
+        });
+        let kept = namespace();
+        world.add(1, kept.try_clone().unwrap()).await.unwrap();
+        let conflict = Reason::LeaseConflict { holder: "another".into() };
+        world.overlay.send_modify(|overlay| overlay.fenced = Some(conflict.clone()));
+        assert_eq!(world.add(2, namespace()).await, Err(conflict));
+        assert_eq!(links(), 1);
+        world.overlay.send_modify(|overlay| overlay.fenced = None);
+        world.add(2, namespace()).await.unwrap();
+    });
+}
+
+/// Nothing is laid that the journal does not hold.
+#[test]
+fn without_a_journal_nothing_is_added() {
+    within(async || {
+        let lease = Lease::new(walk::underlay(100), "10.255.1.0/24".parse().unwrap());
+        let world = World::start(Some(lease)).await;
+        // Enough records that the file is written anew, which its directory no longer allows.
+        let path = world.directory.path().to_owned();
+        let next = path.join("containers.jsonl.next");
+        std::fs::create_dir(&next).unwrap();
+        let mut refused = None;
+        for _ in 0..2_000 {
+            match world.add(1, namespace()).await {
+                Ok(_) => world.delete(1).await.unwrap(),
+                Err(reason) => {
+                    refused = Some(reason);
+                    break;
+                }
+            }
+        }
+        assert!(matches!(refused, Some(Reason::File { .. })), "{refused:?}");
+        assert_eq!(links(), 0);
+        std::fs::remove_dir(&next).unwrap();
+        world.add(1, namespace()).await.unwrap();
+    });
+}
