@@ -22,8 +22,9 @@ pub use step::{Belief, Change, Key, Object, Outcome, PeerSpec, Seen, Step, Stray
 pub use unit::{CellConfig, Inputs, UnderlayDevice, Unit, VXLAN_OVERHEAD};
 
 use crate::address::{DeviceName, OverlayAddr};
-use crate::container::{Container, Handle, Owner};
+use crate::container::{Container, Handle, Owner, PortMapping};
 use crate::lease::{Lease, Peers};
+use crate::profile::Profile;
 use crate::reason::Reason;
 use unit::{plan, plan_unit, units};
 
@@ -35,6 +36,8 @@ pub struct Wanted {
     /// Bytes; none: what the overlay carries.
     pub mtu: Option<u32>,
     pub owner: Owner,
+    pub ports: Vec<PortMapping>,
+    pub profile: Arc<Profile>,
 }
 
 /// What a delete found.
@@ -197,6 +200,8 @@ impl Cell {
             interface: wanted.interface,
             mtu,
             owner: wanted.owner,
+            ports: wanted.ports,
+            profile: Some(wanted.profile.digest()),
         });
         self.record(Record::Present(Arc::clone(&container)));
         self.unborn.insert(addr);
@@ -385,6 +390,8 @@ impl Cell {
                     interface: link.interface.clone(),
                     mtu: link.mtu,
                     owner: Owner::default(),
+                    ports: Vec::new(),
+                    profile: None,
                 };
                 self.record(Record::Present(Arc::new(container)));
                 self.replan(Unit::Container(link.handle.clone()));

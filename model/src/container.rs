@@ -1,11 +1,13 @@
 //! Containers as the platform names them.
 
 use std::fmt;
+use std::num::NonZeroU16;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::address::{DeviceName, NotValid, OverlayAddr};
+use crate::profile::Digest;
 
 /// Garden's name of a container, CNI's container id: starts with a letter or digit, then letters, digits,
 /// `_`, `.` and `-` (CNI 1.1.0, CNI_CONTAINERID). At most 239 bytes, so that it fits a file name
@@ -68,6 +70,13 @@ pub struct Owner {
     pub container_workload: String,
 }
 
+/// A port of the cell that leads to a port of the container (NetIn): TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PortMapping {
+    pub host: NonZeroU16,
+    pub container: NonZeroU16,
+}
+
 /// A container on this cell: what was asked for, and the address it got.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
@@ -79,4 +88,10 @@ pub struct Container {
     pub mtu: u32,
     #[serde(default)]
     pub owner: Owner,
+    /// No two have the same port of the cell.
+    #[serde(default)]
+    pub ports: Vec<PortMapping>,
+    /// The [`Profile`](crate::profile::Profile) that counts for it; none: nothing is known of what it may do.
+    #[serde(default)]
+    pub profile: Option<Digest>,
 }

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod asg;
 pub mod cell;
 pub mod container;
 pub mod ipam;
@@ -18,6 +19,7 @@ pub mod keeper;
 pub mod lease;
 pub mod ledger;
 pub mod link;
+pub mod profile;
 pub mod reason;
 pub mod subnet;
 #[cfg(feature = "walk")]

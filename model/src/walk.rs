@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use ipnetwork::Ipv4Network;
 use proptest::prelude::*;
@@ -89,6 +90,18 @@ pub fn handle(n: u8) -> Handle {
     format!("container-{n}").parse().expect("handle")
 }
 
+/// A container as the platform asks for it, without rules and mapped ports.
+pub fn wanted(n: u8) -> Wanted {
+    Wanted {
+        handle: handle(n),
+        interface: "eth0".parse().expect("name"),
+        mtu: None,
+        owner: Owner::default(),
+        ports: Vec::new(),
+        profile: Arc::default(),
+    }
+}
+
 pub fn underlay(n: u8) -> UnderlayAddr {
     Ipv4Addr::new(10, 0, 0, n.max(1)).try_into().expect("address")
 }
@@ -113,9 +126,7 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
         }
         Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
         Move::Add(n) => {
-            let interface = "eth0".parse().expect("name");
-            let wanted = Wanted { handle: handle(*n), interface, mtu: None, owner: Owner::default() };
-            return cell.add(wanted).ok().map(|container| container.handle.clone());
+            return cell.add(wanted(*n)).ok().map(|container| container.handle.clone());
         }
         Move::Drop(n) => {
             let _: Dropped = cell.drop(&handle(*n));

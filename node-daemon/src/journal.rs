@@ -146,6 +146,8 @@ mod tests {
             interface: "eth0".parse().expect("name"),
             mtu: 1450,
             owner: Owner { app_id: "app".into(), ..Owner::default() },
+            ports: Vec::new(),
+            profile: None,
         }))
     }
 

@@ -127,7 +127,7 @@ impl World {
 
     async fn add(&self, n: u8, namespace: OwnedFd) -> Result<std::net::Ipv4Addr, Reason> {
         let interface = "eth0".parse().unwrap();
-        let wanted = Wanted { handle: walk::handle(n), interface, mtu: None, owner: Owner::default() };
+        let wanted = walk::wanted(n);
         self.inbox.add(wanted, namespace).await.map(|link| link.addr.get())
     }
 

@@ -152,6 +152,8 @@ pub fn wanted_from(request: node::AddRequest) -> Result<cell::Wanted, Reason> {
             org_id: owner.org_id,
             container_workload: owner.container_workload,
         },
+        ports: Vec::new(),
+        profile: Default::default(),
     })
 }
 

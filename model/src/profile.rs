@@ -1,0 +1,187 @@
+//! What a container may do, but for its own address: the settings that the network configuration carries and the
+//! security groups that the platform passed. Containers that are alike share one profile, and one set of chains.
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::net::Ipv4Addr;
+use std::num::{NonZeroU16, NonZeroU32};
+
+use ipnetwork::Ipv4Network;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::asg::EgressRule;
+
+/// Everything of a container's firewall that others may have in common with it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct Profile {
+    pub workload: Workload,
+    pub settings: Settings,
+    /// In the order in which the platform passed them.
+    pub rules: Vec<EgressRule>,
+}
+
+/// What the container runs (`container_workload`): decides which deny networks count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Workload {
+    /// `app` or `task`.
+    Running,
+    Staging,
+    /// None of these: no container of the platform's users.
+    #[default]
+    Other,
+}
+
+/// The CNI configuration's properties, with silk's names where silk has them (contract: silk-release, job silk-cni).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Settings {
+    /// Only link-local ones (169.254.0.0/16, RFC 3927) are let through to the cell, tcp and udp 53.
+    pub dns_servers: Vec<Ipv4Addr>,
+    /// What containers may reach on the cell itself.
+    pub host_services: Vec<HostService>,
+    pub deny_networks: DenyNetworks,
+    pub outbound_connections: OutboundConnections,
+    /// Destinations that see the container's own address; none: the overlay.
+    pub no_masquerade: Option<Ipv4Network>,
+    /// Logs every decision on what a container sends, whatever the rules say.
+    pub log_all: bool,
+    /// Lines per second and container.
+    pub denied_logs_per_sec: NonZeroU32,
+    /// Lines per second and container.
+    pub accepted_udp_logs_per_sec: NonZeroU32,
+    /// Refuses the addresses at which clouds tell machines their credentials.
+    pub deny_cloud_metadata: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct HostService {
+    pub transport: Transport,
+    pub addr: Ipv4Addr,
+    pub port: NonZeroU16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    Tcp,
+    Udp,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct DenyNetworks {
+    pub always: Vec<Ipv4Network>,
+    pub running: Vec<Ipv4Network>,
+    pub staging: Vec<Ipv4Network>,
+}
+
+/// Limits of the connections that a container opens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub struct OutboundConnections {
+    /// New TCP connections, per destination address and port.
+    pub rate: Option<ConnectionRate>,
+    /// At once, of every kind and to all destinations together.
+    pub max: Option<NonZeroU32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ConnectionRate {
+    pub burst: NonZeroU32,
+    pub per_sec: NonZeroU32,
+    /// Only logs what it would refuse.
+    pub dry_run: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let one = NonZeroU32::MIN;
+        Self {
+            dns_servers: Vec::new(),
+            host_services: Vec::new(),
+            deny_networks: DenyNetworks::default(),
+            outbound_connections: OutboundConnections::default(),
+            no_masquerade: None,
+            log_all: false,
+            denied_logs_per_sec: one,
+            accepted_udp_logs_per_sec: one.saturating_add(99),
+            deny_cloud_metadata: true,
+        }
+    }
+}
+
+/// Names a profile by its content: the first 128 bits of SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Digest(u128);
+
+impl Profile {
+    pub fn digest(&self) -> Digest {
+        let mut sha = Sha(Sha256::new());
+        self.hash(&mut sha);
+        let mut first = [0; 16];
+        first.copy_from_slice(&sha.0.finalize()[..16]);
+        Digest(u128::from_be_bytes(first))
+    }
+}
+
+impl Digest {
+    /// 31 bits of it, never 0: marks connections that this profile's rules let out.
+    pub fn mark(self) -> u32 {
+        let low = u32::try_from(self.0 & 0x7fff_ffff).unwrap_or_default();
+        low.max(1)
+    }
+}
+
+/// Feeds what a value hashes to a digest. Lengths and discriminants are part of it, so that no two values feed the same.
+struct Sha(Sha256);
+
+impl Hasher for Sha {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    fn finish(&self) -> u64 {
+        unreachable!("the digest is taken whole")
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl From<Digest> for String {
+    fn from(digest: Digest) -> Self {
+        digest.to_string()
+    }
+}
+
+impl TryFrom<String> for Digest {
+    type Error = std::num::ParseIntError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        u128::from_str_radix(&text, 16).map(Self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles_that_differ_have_other_digests() {
+        let plain = Profile::default();
+        let logged =
+            Profile { settings: Settings { log_all: true, ..Settings::default() }, ..Profile::default() };
+        assert_eq!(plain.digest(), Profile::default().digest());
+        assert_ne!(plain.digest(), logged.digest());
+        assert_eq!(Digest::try_from(plain.digest().to_string()), Ok(plain.digest()));
+    }
+}

@@ -1,0 +1,25 @@
+//! nf_tables programs as values: tables, chains, rules, sets and their elements; to netlink messages, and back.
+//!
+//! No I/O: [`batch`] makes the bytes of a transaction, [`decode`] reads what the kernel answers, and whoever owns a
+//! socket carries them. [`machine`] runs a program on a packet as the kernel would.
+//!
+//! ```text
+//!  name  field  expression  rule  set     a program, as values
+//!  constants                              every number of the wire format, with the kernel that brought it
+//!  wire  batch                            values ──▶ bytes                decode    bytes ──▶ values
+//!  machine                                a program, a packet ──▶ a verdict, and the rule that gave it
+//! ```
+//! Only what works on Linux 5.15 and later is spoken.
+#![forbid(unsafe_code)]
+
+pub mod expression;
+pub mod field;
+pub mod name;
+pub mod rule;
+pub mod set;
+
+pub use expression::{Comparison, Connection, Expression, Header, Lookup, Metadata, Slot, Stateful};
+pub use field::{Field, Key};
+pub use name::{Name, NotAName};
+pub use rule::{Base, Chain, Hook, Kind, Rule, Verdict};
+pub use set::{Data, Dynamic, Element, Ranges, Set, Target};
