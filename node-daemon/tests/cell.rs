@@ -15,8 +15,7 @@ use prometheus_client::registry::Registry;
 use tempfile::TempDir;
 use tokio::sync::watch;
 use weft_model::address::{DeviceName, UnderlayAddr};
-use weft_model::cell::{Cell, Outcome, Seen, Step, UnderlayDevice, Wanted};
-use weft_model::container::Owner;
+use weft_model::cell::{Cell, Outcome, Seen, Step, UnderlayDevice};
 use weft_model::keeper::Keeper;
 use weft_model::lease::{self, Holder, Lease, Peers};
 use weft_model::reason::Reason;
@@ -126,7 +125,6 @@ impl World {
     }
 
     async fn add(&self, n: u8, namespace: OwnedFd) -> Result<std::net::Ipv4Addr, Reason> {
-        let interface = "eth0".parse().unwrap();
         let wanted = walk::wanted(n);
         self.inbox.add(wanted, namespace).await.map(|link| link.addr.get())
     }
