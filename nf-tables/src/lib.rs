@@ -14,6 +14,7 @@
 
 pub mod expression;
 pub mod field;
+pub mod machine;
 pub mod name;
 pub mod rule;
 pub mod set;
