@@ -77,6 +77,8 @@ pub async fn run(config: Config) -> Result<()> {
         });
     }
     let (inbox, waiting) = inbox();
+    let (_guard, guard) = watch::channel(weft_model::firewall::Guard::Ours);
+    let touched = futures::stream::pending();
     let mut cell = Cell::new(config.cell());
     cell.replay(records);
     let task = Task {

@@ -25,7 +25,9 @@ impl<K: Kernel> Running<K> {
         }
         match self.task.ways().await {
             Ok(ways) => self.task.cell.ways(ways),
-            Err(error) => warn!(error = %chain(&error), "devices to the world not read; they stay as they are"),
+            Err(error) => {
+                warn!(error = %chain(&error), "devices to the world not read; they stay as they are")
+            }
         }
         self.look(Scope::Links).await;
     }

@@ -36,7 +36,8 @@ impl<K: Kernel> Running<K> {
             _ => None,
         });
         let routes = |to| if to == question.to { route.clone() } else { Route::Nowhere };
-        let explained = explain(&program(parts), self.task.cell.inputs(), from, question.to, question.probe, routes);
+        let explained =
+            explain(&program(parts), self.task.cell.inputs(), from, question.to, question.probe, routes);
         explained.map_err(|broken| Reason::Bug { invariant: broken.to_string() })
     }
 

@@ -22,7 +22,7 @@ pub(super) fn transaction<'a>(
     first: u32,
     anew: bool,
     changes: impl IntoIterator<Item = &'a Change>,
-) -> Transaction<Key> {
+) -> Transaction<&'a Key> {
     let items: Vec<Item<'_>> = changes.into_iter().filter_map(item).collect();
     let mut batch = Batch::new(table, first);
     for Item { key, part, will, .. } in &items {
@@ -36,25 +36,25 @@ pub(super) fn transaction<'a>(
         }
     }
     for (key, name, set) in items.iter().filter_map(Item::new_set) {
-        batch.add_set(key, name, &set.set);
+        batch.add_set(&key, name, &set.set);
     }
     for (item, name, chain) in items.iter().filter_map(Item::laid_chain) {
         if item.was.is_none() {
             // Empty at first: chains lead to each other.
-            batch.add_chain(item.key, name, &Chain { base: chain.base, rules: Vec::new() });
+            batch.add_chain(&item.key, name, &Chain { base: chain.base, rules: Vec::new() });
         }
     }
     for (key, name, old) in items.iter().filter_map(Item::old_element) {
-        batch.delete_elements(key, name, &[old]);
+        batch.delete_elements(&key, name, &[old]);
     }
     for (key, name, set) in items.iter().filter_map(Item::new_set) {
-        batch.add_ranges(key, name, &set.ranges);
+        batch.add_ranges(&key, name, &set.ranges);
     }
     for (item, name, chain) in items.iter().filter_map(Item::laid_chain) {
-        batch.replace_rules(item.key, name, &chain.rules);
+        batch.replace_rules(&item.key, name, &chain.rules);
     }
     for (key, name, new) in items.iter().filter_map(Item::new_element) {
-        batch.add_elements(key, name, &[new]);
+        batch.add_elements(&key, name, &[new]);
     }
     let gone = |item: &&Item<'_>| item.was.is_some() && item.will.is_none();
     for Item { key, part, .. } in items.iter().filter(gone) {
