@@ -15,6 +15,7 @@ fn reason() -> impl Strategy<Value = Reason> {
         Just(Reason::Starting),
         Just(Reason::StoreUnavailable),
         text().prop_map(|holder| Reason::LeaseConflict { holder }),
+        (any::<u16>(), text()).prop_map(|(port, holder)| Reason::HostPortTaken { port, holder }),
         (text(), text()).prop_map(|(field, why)| Reason::InvalidField { field, why }),
         (text(), text()).prop_map(|(claimed, seen)| Reason::NotYours { claimed, seen }),
         (text(), text(), text()).prop_map(|(operation, subject, why)| Reason::Kernel {
