@@ -13,6 +13,7 @@
 
 mod base;
 mod draft;
+pub mod explain;
 mod layers;
 mod limits;
 mod member;

@@ -243,7 +243,7 @@ impl This<'_> {
 /// dataplane.md, "Masquerade".
 fn translation(kept: Ipv4Network) -> Vec<Rule> {
     vec![
-        rule("sees the container's own address").destination_in(kept).accept(),
+        rule("sees the container's own address").ipv4().destination_in(kept).accept(),
         rule("to the world").masquerade(),
     ]
 }
