@@ -22,12 +22,13 @@ use weft_model::cell::Wanted;
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, StatusRequest,
-    StatusResponse,
+    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, ExplainRequest,
+    ExplainResponse, StatusRequest, StatusResponse,
 };
 use weft_proto::{convert, status::to_status};
 
 use crate::calls::Calls;
+use crate::inbox::{Question, Sender};
 use crate::profiles::{Passed, Profiles};
 use admit::Peer;
 
@@ -221,6 +222,20 @@ impl<C: Calls> Containers for Api<C> {
             self.calls.delete(handle, interface).await
         };
         deleted.await.map(|()| Response::new(DeleteResponse {})).map_err(|reason| to_status(&reason))
+    }
+
+    async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
+        let request = request.into_inner();
+        let explained = async {
+            let probe = convert::probe_from(&request)?;
+            let from = match request.from.parse() {
+                Ok(addr) => Sender::Addr(addr),
+                Err(_) => Sender::Container(convert::handle_from(request.from)?),
+            };
+            self.calls.explain(Question { from, to: request.to.into(), probe }).await
+        };
+        let explained = explained.await.map_err(|reason| to_status(&reason))?;
+        Ok(Response::new(convert::explained_to(explained)))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

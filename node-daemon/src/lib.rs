@@ -18,6 +18,7 @@ pub mod lease_stream;
 pub mod metrics;
 pub mod overlay;
 pub mod profiles;
+pub mod question;
 pub mod report;
 pub mod run;
 pub mod snapshot;

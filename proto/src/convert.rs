@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 pub use settings::{settings_from, settings_to};
 use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
+use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::lease::{Changes, Cursor, Digest, Epoch, Holder, Lease, Revision};
 use weft_model::profile::{Known, Settings};
 use weft_model::reason::Reason;
@@ -234,5 +235,46 @@ pub fn added_to(link: &link::LinkSpec) -> node::AddResponse {
         host_mac: link.host_mac().bytes().to_vec(),
         container_mac: link.container_mac().bytes().to_vec(),
         mtu: link.mtu,
+    }
+}
+
+pub fn probe_from(request: &node::ExplainRequest) -> Result<Probe, Reason> {
+    let byte = |field, value: u32| u8::try_from(value).map_err(|why| invalid(field, why));
+    let port = || u16::try_from(request.port).map_err(|why| invalid("port", why));
+    Ok(match byte("protocol", request.protocol)? {
+        1 => Probe::Icmp {
+            kind: byte("icmp_type", request.icmp_type)?,
+            code: byte("icmp_code", request.icmp_code)?,
+        },
+        6 => Probe::Tcp { port: port()? },
+        17 => Probe::Udp { port: port()? },
+        protocol => Probe::Other { protocol },
+    })
+}
+
+pub fn probe_to(from: String, to: Ipv4Addr, probe: Probe) -> node::ExplainRequest {
+    let mut request = node::ExplainRequest {
+        from,
+        to: to.into(),
+        protocol: probe.protocol().into(),
+        ..node::ExplainRequest::default()
+    };
+    match probe {
+        Probe::Tcp { port } | Probe::Udp { port } => request.port = port.into(),
+        Probe::Icmp { kind, code } => (request.icmp_type, request.icmp_code) = (kind.into(), code.into()),
+        Probe::Other { .. } => {}
+    }
+    request
+}
+
+pub fn explained_to(explanation: Explanation) -> node::ExplainResponse {
+    let Explanation { verdict, rule, whose, mapped_to, masqueraded, logged } = explanation;
+    node::ExplainResponse {
+        verdict: verdict.to_string(),
+        rule: rule.unwrap_or_default(),
+        whose,
+        mapped_to: mapped_to.unwrap_or_default(),
+        masqueraded,
+        logged,
     }
 }
