@@ -296,6 +296,7 @@ constants! {
     (3, 18) u32 { NFT_REJECT_ICMPX_UNREACH = 2; }
     (3, 18) u8 { NFT_REJECT_ICMPX_PORT_UNREACH = 1; }
     (4, 1) u32 { NFT_DYNSET_OP_UPDATE = 1; }
+    (5, 11) u32 { NFT_DYNSET_F_EXPR = 2; }
     (4, 3) u32 { NFT_LIMIT_PKTS = 0; }
     (4, 5) u32 { NFT_LIMIT_F_INV = 1; }
     (4, 8) u32 { NFT_LOOKUP_F_INV = 1; }

@@ -1,0 +1,181 @@
+//! What the kernel gives back is what it was given.
+
+use nf_tables::decode::{Body, Object};
+use nf_tables::{Data, Element, Field, Key, Ranges, Set, Target, request};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::programs::{Filled, Program, name, program};
+use crate::world::World;
+
+/// The kernel gives chains in an order of its own.
+fn sorted(mut program: Program) -> Program {
+    program.chains.sort();
+    program
+}
+
+#[test]
+fn random_programs() {
+    let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(150) });
+    let run = runner.run(&program(), |program| {
+        let mut world = World::new();
+        let mut batch = world.batch();
+        program.load(&mut batch);
+        prop_assert_eq!(world.commit(batch), []);
+        prop_assert_eq!(sorted(world.see()), sorted(program));
+        Ok(())
+    });
+    if let Err(error) = run {
+        panic!("{error}");
+    }
+}
+
+#[test]
+fn two_thousand_ranges_and_ten_thousand_elements() {
+    let ends: Vec<([u8; 12], [u8; 12])> = (0u32..2000)
+        .map(|n| {
+            let mut low = [0; 12];
+            low[..4].copy_from_slice(&(0x0a00_0000 + n * 16).to_be_bytes());
+            low[4] = 6;
+            let mut high = low;
+            high[3] |= 0xf;
+            high[8..10].copy_from_slice(&[0xff, 0xff]);
+            (low, high)
+        })
+        .collect();
+    let ranges = Ranges::new(12, ends.iter().map(|(low, high)| (low.as_slice(), high.as_slice())));
+    let elements = (0u32..10_000)
+        .map(|n| {
+            let key = [n.to_be_bytes(), n.to_ne_bytes()].concat();
+            Element { key, data: Data::Value([n.to_be_bytes(), [0, 80, 0, 0]].concat()) }
+        })
+        .collect();
+    let wide = Set {
+        key: [Field::Ipv4, Field::Protocol, Field::Port].into(),
+        target: Target::Nothing,
+        ranges: true,
+        dynamic: None,
+    };
+    let long = Set {
+        key: Key(vec![Field::Ipv4, Field::Mark]),
+        target: Target::Value(vec![Field::Ipv4, Field::Port]),
+        ranges: false,
+        dynamic: None,
+    };
+    let mut program = Program::default();
+    program.sets.insert(name("wide"), (wide, Filled { elements: Vec::new(), ranges: ranges.clone() }));
+    program.sets.insert(name("long"), (long, Filled { elements, ranges: Ranges::default() }));
+    let mut world = World::new();
+    world.load(&program);
+    assert_eq!(world.see(), program);
+
+    // And away again.
+    let mut batch = world.batch();
+    batch.delete_ranges(&(), &name("wide"), &ranges);
+    batch.delete_elements(&(), &name("long"), &program.sets[&name("long")].1.elements);
+    assert_eq!(world.commit(batch), []);
+    assert!(world.see().sets.into_values().all(|(_, filled)| filled == Filled::default()));
+}
+
+#[test]
+fn what_is_replaced_and_deleted() {
+    let program = crate::listing::program();
+    let mut world = World::new();
+    world.load(&program);
+
+    let mut batch = world.batch();
+    let (_, forward) = program.chains.iter().find(|(of, _)| *of == name("forward")).expect("chain").clone();
+    let mut expected = sorted(program.clone());
+    let rules = vec![forward.rules[0].clone(); 3];
+    batch.replace_rules(&(), &name("forward"), &rules);
+    batch.delete_chain(&(), &name("postrouting"));
+    assert_eq!(world.commit(batch), []);
+    expected.chains.retain(|(of, _)| *of != name("postrouting"));
+    expected.chains.iter_mut().filter(|(of, _)| *of == name("forward")).for_each(|(_, chain)| {
+        chain.rules.clone_from(&rules);
+    });
+    assert_eq!(sorted(world.see()), expected);
+
+    // A set anew, under its name, with a rule that looks into it, in one transaction.
+    let (set, _) = &program.sets[&name("wide")];
+    let looks: Vec<_> = forward.rules.iter().filter(|rule| rule.comment == "ranges").cloned().collect();
+    assert_eq!(looks.len(), 1);
+    let mut batch = world.batch();
+    batch.replace_rules(&(), &name("forward"), &[]);
+    batch.delete_set(&(), &name("wide"));
+    batch.add_set(&(), &name("wide"), set);
+    batch.replace_rules(&(), &name("forward"), &looks);
+    assert_eq!(world.commit(batch), []);
+    let seen = world.see();
+    assert!(seen.sets[&name("wide")].1.ranges.is_empty());
+    assert!(seen.chains.iter().any(|(_, chain)| chain.rules == looks));
+
+    // All of it anew.
+    let mut batch = world.batch();
+    batch.delete_table(&String::new());
+    program.load(&mut batch);
+    assert_eq!(world.commit(batch), []);
+    assert_eq!(sorted(world.see()), sorted(program));
+
+    let mut batch = world.batch();
+    batch.delete_table(&());
+    assert_eq!(world.commit(batch), []);
+    assert_eq!(world.list(), "");
+}
+
+#[test]
+fn what_others_wrote_is_unknown_and_hides_nothing() {
+    let mut world = World::new();
+    world.load(&crate::listing::program());
+    let (ok, text) = world.read_file(
+        "table inet weft {
+             set Strange { type ether_addr; elements = { 00:11:22:33:44:55 }; }
+             set halves { type ipv4_addr; flags interval; elements = { 10.0.0.0/8, 11.0.0.1 }; }
+             chain closed { type filter hook input priority 5; policy drop; }
+         }
+         add rule inet weft metadata ip ttl set 5
+         add rule inet weft metadata ip daddr 10.0.0.1 tcp dport 80-90 accept
+         add rule inet weft metadata limit rate 5/minute log level warn drop
+         add rule inet weft metadata counter accept
+         add table ip another { chain c { ip saddr 10.0.0.1 accept; }; }
+         add table inet another",
+    );
+    assert!(ok, "{text}");
+    let table = World::table();
+    let rules: Vec<(String, bool)> = world
+        .ask(|sequence| request::rules(&table, sequence))
+        .into_iter()
+        .filter_map(|message| match message.body {
+            Body::There { object: Object::Rule { chain, rule, handle }, place } => {
+                assert!(place.is(&table) && handle > 0);
+                (chain == "metadata").then(|| (chain, rule.is_ok()))
+            }
+            _ => None,
+        })
+        .collect();
+    let known: Vec<bool> = rules.into_iter().map(|(_, known)| known).collect();
+    assert_eq!(known, [true, false, false, false, true]);
+
+    let sets = world.ask(|sequence| request::sets(&table, sequence));
+    let unknown: Vec<String> = sets
+        .into_iter()
+        .filter_map(|message| match message.body {
+            Body::There { object: Object::Set { name, set: Err(_) }, .. } => Some(name),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(unknown, ["Strange", "halves"]);
+    let chains = world.ask(request::chains);
+    let unknown = chains.iter().any(
+        |message| matches!(&message.body, Body::There { object: Object::Chain { name, base: Err(_) }, .. } if name == "closed"),
+    );
+    assert!(unknown);
+    let elements = world.ask(|sequence| request::elements(&table, &name("halves"), sequence));
+    assert_eq!(elements.len(), 1, "{elements:?}");
+
+    let tables = world.ask(request::tables).into_iter().filter_map(|message| match message.body {
+        Body::There { place, object: Object::Table } => Some(place.table),
+        _ => None,
+    });
+    assert_eq!(tables.collect::<Vec<_>>(), ["weft", "another"]);
+}
