@@ -17,8 +17,9 @@ fn a_commit_is_announced_as_it_was_made() {
     let Some(Body::Generation(made)) = heard.last().map(|message| message.body.clone()) else {
         panic!("{heard:?}")
     };
-    assert_eq!(made.pid, std::process::id());
+    assert_eq!(i32::try_from(made.pid), Ok(nix::unistd::gettid().as_raw()));
     assert!(!made.process.is_empty());
+    assert!(heard.iter().all(|message| message.port == world.port()));
     let current = world.ask(request::generation);
     let [Body::Generation(current)] = current.iter().map(|message| &message.body).collect::<Vec<_>>()[..]
     else {
@@ -49,6 +50,7 @@ fn what_goes_is_announced() {
     );
     assert!(ok, "{text}");
     let heard = world.heard(&listener);
+    assert!(heard.iter().all(|message| message.port != world.port()));
     let mut gone = Vec::new();
     for message in &heard {
         match &message.body {

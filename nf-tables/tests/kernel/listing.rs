@@ -201,7 +201,7 @@ pub(crate) fn program() -> Program {
         ),
         rule("", [Expression::Stateful(limit(false)), Expression::Verdict(Verdict::Return)]),
         rule(
-            "an IPv6 packet, \"quoted\"",
+            "an IPv6 packet: [it's] é, $x; \\ {}",
             [meta(Metadata::Family, 15), is(15, &[10]), Expression::Verdict(Verdict::Drop)],
         ),
     ];
@@ -305,5 +305,6 @@ fn what_is_listed_can_be_read() {
     let other = World::new();
     let (ok, text) = other.read_file(&listed);
     assert!(ok, "{text}\n{listed}");
-    assert_eq!(other.list(), listed);
+    // Where it knows the family, `nft` makes one ICMP's code of the one for both.
+    assert_eq!(other.list().replace("reject with icmp port-unreachable", "reject"), listed);
 }

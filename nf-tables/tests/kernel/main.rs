@@ -5,6 +5,7 @@ mod programs;
 
 mod announcements;
 mod listing;
+mod names;
 mod refusals;
 mod round_trip;
 mod world;

@@ -2,7 +2,8 @@
 
 use nf_tables::decode::Body;
 use nf_tables::{
-    Batch, Chain, Data, Element, Expression, Field, Ranges, Rule, Set, Target, Verdict, request,
+    Base, Batch, Chain, Data, Element, Expression, Field, Hook, Kind, Ranges, Rule, Set, Target, Verdict,
+    request,
 };
 use nix::errno::Errno;
 
@@ -186,13 +187,18 @@ fn a_loop_of_jumps_is_refused() {
     let mut batch = world.batch();
     batch.add_chain(&"one", &name("one"), &Chain::default());
     batch.add_chain(&"two", &name("two"), &Chain::default());
+    let base = Base { kind: Kind::Filter, hook: Hook::Forward, priority: 0 };
+    batch.add_chain(&"forward", &name("forward"), &Chain { base: Some(base), rules: Vec::new() });
     let to = |chain| Rule {
         expressions: vec![Expression::Verdict(Verdict::Jump(name(chain)))],
         comment: String::new(),
     };
     batch.replace_rules(&"one", &name("one"), &[to("two")]);
     batch.replace_rules(&"two", &name("two"), &[to("one")]);
+    batch.replace_rules(&"forward", &name("forward"), &[to("one")]);
     let refusals = world.commit(batch);
-    assert!(!refusals.is_empty());
     assert!(world.see().chains.is_empty(), "{refusals:?}");
+    let all: Vec<_> =
+        refusals.into_iter().map(|(owner, refusal)| (owner, Errno::from_raw(refusal.errno))).collect();
+    assert_eq!(all, [(Some("forward"), Errno::EMLINK)]);
 }

@@ -41,6 +41,12 @@ impl World {
         name("weft")
     }
 
+    pub(crate) fn port(&self) -> u32 {
+        let mut address = SocketAddr::new(0, 0);
+        self.socket.get_address(&mut address).expect("address");
+        address.port_number()
+    }
+
     pub(crate) fn batch<T: Clone>(&mut self) -> Batch<T> {
         self.sequence += 100_000;
         Batch::new(&Self::table(), self.sequence)
@@ -113,7 +119,7 @@ impl World {
     /// A socket that hears of every commit in this namespace.
     pub(crate) fn listener(&self) -> Socket {
         self.enter(|| {
-            let mut socket = open();
+            let socket = open();
             socket.add_membership(ANNOUNCEMENTS).expect("membership");
             socket
         })
