@@ -9,24 +9,29 @@
 //! absent in the kernel. *Seen* is what an audit read. Edits touch keys, and a diff looks at touched keys only, so a
 //! container's ADD costs what it changes.
 
+mod audit;
 pub mod roster;
 pub mod step;
 pub mod unit;
+mod wave;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::sync::Arc;
 
+pub use audit::{Drift, Scope};
 pub use roster::{Presence, Record, Roster};
-pub use step::{Belief, Change, Key, Object, Outcome, PeerSpec, Seen, Step, Stray, VtepSpec};
+pub use step::{Belief, Change, Firewall, Key, Object, Outcome, PeerSpec, Seen, Step, Stray, VtepSpec};
 pub use unit::{CellConfig, Inputs, UnderlayDevice, Unit, VXLAN_OVERHEAD};
+pub use wave::Fault;
 
 use crate::address::{DeviceName, OverlayAddr};
 use crate::container::{Container, Handle, Owner, PortMapping};
+use crate::firewall::{Guard, limits_of};
 use crate::lease::{Lease, Peers};
-use crate::profile::Profile;
+use crate::profile::Known;
 use crate::reason::Reason;
-use unit::{plan, plan_unit, units};
+use unit::{plan_unit, units};
 
 /// A container as it is asked for; the cell gives it an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +42,7 @@ pub struct Wanted {
     pub mtu: Option<u32>,
     pub owner: Owner,
     pub ports: Vec<PortMapping>,
-    pub profile: Arc<Profile>,
+    pub profile: Arc<Known>,
 }
 
 /// What a delete found.
@@ -49,33 +54,11 @@ pub enum Dropped {
     Leaving(OverlayAddr),
 }
 
-/// A change that the kernel did not carry out. It is tried again with the next step.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
-    pub key: Key,
-    pub why: Reason,
-}
-
-/// A difference between what was believed and what an audit saw. The next step repairs it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Drift {
-    /// Absent, changed or not whole.
-    Differs(Key),
-    /// Nobody asked for it: it is removed.
-    Unwanted(Key),
-    /// A container's link is gone, and its namespace with it: only a delete ends the container.
-    Lost(Handle),
-    /// A link that carries our marks but is in no record: the journal was lost, the container lives.
-    Adopted(Handle),
-    /// Wanted is not what the plan says.
-    Bug,
-}
-
 #[derive(Debug, Clone)]
 pub struct Cell {
     inputs: Inputs,
     fenced: Option<Reason>,
-    units: BTreeMap<Unit, Key>,
+    units: BTreeMap<Unit, Box<[Key]>>,
     wanted: BTreeMap<Key, Object>,
     believed: BTreeMap<Key, Belief>,
     touched: BTreeSet<Key>,
@@ -86,9 +69,17 @@ pub struct Cell {
 
 impl Cell {
     pub fn new(config: CellConfig) -> Self {
-        let inputs =
-            Inputs { config, device: None, lease: None, peers: BTreeMap::new(), roster: Roster::default() };
-        Self {
+        let inputs = Inputs {
+            config,
+            device: None,
+            lease: None,
+            peers: BTreeMap::new(),
+            leased: BTreeSet::new(),
+            ways: BTreeSet::new(),
+            guard: Guard::default(),
+            roster: Roster::default(),
+        };
+        let mut cell = Self {
             inputs,
             fenced: None,
             units: BTreeMap::new(),
@@ -97,7 +88,9 @@ impl Cell {
             touched: BTreeSet::new(),
             unborn: BTreeSet::new(),
             records: Vec::new(),
-        }
+        };
+        cell.replan(Unit::Base);
+        cell
     }
 
     pub fn inputs(&self) -> &Inputs {
@@ -129,6 +122,21 @@ impl Cell {
         }
     }
 
+    /// The devices that lead to the world.
+    pub fn ways(&mut self, ways: BTreeSet<DeviceName>) {
+        if self.inputs.ways != ways {
+            self.inputs.ways = ways;
+            self.replan(Unit::Base);
+        }
+    }
+
+    pub fn guard(&mut self, guard: Guard) {
+        if self.inputs.guard != guard {
+            self.inputs.guard = guard;
+            self.replan(Unit::Base);
+        }
+    }
+
     /// The cell's own lease and the others'. Of those that overlap one is kept: a table that holds more is about to
     /// change.
     pub fn leases(&mut self, own: Option<Lease>, peers: &Peers) {
@@ -153,6 +161,12 @@ impl Cell {
         let subnets = before.keys().chain(self.inputs.peers.keys()).copied().filter(differs);
         for subnet in subnets.collect::<BTreeSet<_>>() {
             self.replan(Unit::Peer(subnet));
+        }
+        let leased = self.inputs.peers.values().map(|lease| lease.underlay).collect();
+        let before = mem::replace(&mut self.inputs.leased, leased);
+        let differs: Vec<_> = before.symmetric_difference(&self.inputs.leased).copied().collect();
+        for underlay in differs {
+            self.replan(Unit::Leased(underlay));
         }
     }
 
@@ -194,6 +208,11 @@ impl Cell {
             let why = format!("{mtu} is outside 68 to {fits}, what the overlay carries here");
             return Err(Reason::InvalidField { field: "mtu".into(), why });
         }
+        self.take_ports(&wanted.ports)?;
+        let profile = wanted.profile.digest();
+        if self.inputs.roster.profile(profile).is_none() {
+            self.record(Record::Profile(wanted.profile));
+        }
         let container = Arc::new(Container {
             handle: wanted.handle,
             addr,
@@ -201,12 +220,35 @@ impl Cell {
             mtu,
             owner: wanted.owner,
             ports: wanted.ports,
-            profile: Some(wanted.profile.digest()),
+            profile: Some(profile),
         });
         self.record(Record::Present(Arc::clone(&container)));
         self.unborn.insert(addr);
         self.replan(Unit::Container(container.handle.clone()));
         Ok(container)
+    }
+
+    /// Frees ports whose holders' namespaces have ended without a delete; refuses those that are in use.
+    fn take_ports(&mut self, ports: &[PortMapping]) -> Result<(), Reason> {
+        let holders = ports.iter().filter_map(|mapping| {
+            let holder = self.inputs.roster.with_port(mapping.host)?;
+            Some((mapping.host, self.inputs.roster.get(holder)?))
+        });
+        let mut ended = BTreeSet::new();
+        for (port, (holder, presence)) in holders {
+            match presence {
+                Presence::Lost => drop(ended.insert(holder.handle.clone())),
+                Presence::Leaving => return Err(Reason::Busy),
+                Presence::Present => {
+                    let holder = holder.handle.to_string();
+                    return Err(Reason::HostPortTaken { port: port.get(), holder });
+                }
+            }
+        }
+        for handle in ended {
+            self.drop(&handle);
+        }
+        Ok(())
     }
 
     pub fn drop(&mut self, handle: &Handle) -> Dropped {
@@ -250,21 +292,33 @@ impl Cell {
     }
 
     fn record(&mut self, record: Record) {
+        let roster = &self.inputs.roster;
+        let profile = match &record {
+            Record::Profile(known) => Some(known.digest()),
+            Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.profile),
+            Record::Present(_) | Record::Leaving(_) | Record::Free(_) => None,
+        };
+        let before = profile.and_then(|digest| roster.profile(digest)).cloned();
         self.inputs.roster.apply(&record);
         self.records.push(record);
+        let after = profile.and_then(|digest| self.inputs.roster.profile(digest)).cloned();
+        if let (Some(known), None) | (None, Some(known)) = (before, after) {
+            self.replan(Unit::Profile(known.digest()));
+            for limit in limits_of(known.profile()) {
+                self.replan(Unit::Limit(limit));
+            }
+        }
     }
 
     fn replan(&mut self, unit: Unit) {
         let now = plan_unit(&unit, &self.inputs);
-        let before = match &now {
-            Some((key, _)) => self.units.insert(unit, key.clone()),
-            None => self.units.remove(&unit),
-        };
-        if let Some(key) = before {
+        let keys: Box<[Key]> = now.iter().map(|(key, _)| key.clone()).collect();
+        let before = if keys.is_empty() { self.units.remove(&unit) } else { self.units.insert(unit, keys) };
+        for key in before.into_iter().flatten() {
             self.wanted.remove(&key);
             self.touched.insert(key);
         }
-        if let Some((key, object)) = now {
+        for (key, object) in now {
             self.touched.insert(key.clone());
             self.wanted.insert(key, object);
         }
@@ -275,158 +329,6 @@ impl Cell {
         for unit in all {
             self.replan(unit);
         }
-    }
-
-    // === diff, settle, audit ===
-
-    /// What has to change among the touched keys, in order. Empty if wanted and believed agree.
-    pub fn diff(&mut self) -> Step {
-        self.expect_peers_to_die_with_the_vtep();
-        let mut step = Step::default();
-        for key in mem::take(&mut self.touched) {
-            // Without a lease nobody knows what belongs on the overlay: what is there stays as it is.
-            if !matches!(key, Key::Link(_)) && !self.inputs.knows_overlay() {
-                self.touched.insert(key);
-                continue;
-            }
-            let (was, will) = (self.believed.get(&key).cloned(), self.wanted.get(&key).cloned());
-            let same = match (&was, &will) {
-                (Some(Belief::Holds(is)), Some(will)) => is == will,
-                (was, will) => was.is_none() && will.is_none(),
-            };
-            let list = if will.is_some() { &mut step.lay } else { &mut step.remove };
-            if !same {
-                list.push(Change { key, was, will });
-            }
-        }
-        step.lay.sort_by(|a, b| a.key.cmp(&b.key));
-        step.remove.sort_by(|a, b| b.key.cmp(&a.key));
-        // A subnet that is cut anew shares its gateway with the old one: the old one has to go first.
-        let overlaps = |change: &Change| match change.key {
-            Key::Peer(old) => {
-                step.lay.iter().any(|laid| matches!(laid.key, Key::Peer(new) if new.overlaps(old)))
-            }
-            _ => false,
-        };
-        let (first, last) = step.remove.into_iter().partition(overlaps);
-        step.remove = last;
-        step.lay.splice(0..0, first);
-        step
-    }
-
-    /// Routes, neighbours and forwarding entries go with their device when it is made anew.
-    fn expect_peers_to_die_with_the_vtep(&mut self) {
-        let (Some(was), Some(Object::Vtep(will))) =
-            (self.believed.get(&Key::Vtep), self.wanted.get(&Key::Vtep))
-        else {
-            return;
-        };
-        let kept = matches!(was, Belief::Holds(Object::Vtep(is)) if is.same_device(will));
-        if kept || !self.touched.contains(&Key::Vtep) {
-            return;
-        }
-        let on_vtep = |key: &Key| matches!(key, Key::Peer(_) | Key::Stray(_));
-        let dying: Vec<Key> = self.believed.keys().filter(|key| on_vtep(key)).cloned().collect();
-        for key in dying {
-            self.believed.insert(key.clone(), Belief::Unknown);
-            self.touched.insert(key);
-        }
-    }
-
-    /// Takes note of how a step went.
-    pub fn settle(&mut self, step: &Step, outcome: &Outcome) -> Vec<Fault> {
-        let mut faults = Vec::new();
-        for Change { key, will, .. } in step.changes() {
-            if let Key::Link(addr) = key {
-                self.unborn.remove(addr);
-            }
-            if let Some(why) = outcome.failed.get(key) {
-                self.believed.insert(key.clone(), Belief::Unknown);
-                self.touched.insert(key.clone());
-                faults.push(Fault { key: key.clone(), why: why.clone() });
-                continue;
-            }
-            match (will, key) {
-                (Some(object), _) => {
-                    self.believed.insert(key.clone(), Belief::Holds(object.clone()));
-                }
-                (None, Key::Link(addr)) => {
-                    self.believed.remove(key);
-                    if self.inputs.roster.with_addr(*addr).is_some_and(|(_, p)| p == Presence::Leaving) {
-                        self.record(Record::Resting(*addr));
-                    }
-                }
-                (None, _) => {
-                    self.believed.remove(key);
-                    self.doubt_peers_that_shared_with(key);
-                }
-            }
-        }
-        faults
-    }
-
-    /// Subnets that begin with one address share a neighbour and a forwarding entry, which went with the one removed.
-    fn doubt_peers_that_shared_with(&mut self, gone: &Key) {
-        let Key::Peer(gone) = gone else { return };
-        for (key, belief) in &mut self.believed {
-            if matches!(key, Key::Peer(other) if other.gateway() == gone.gateway()) {
-                *belief = Belief::Unknown;
-                self.touched.insert(key.clone());
-            }
-        }
-    }
-
-    /// Believes what was seen, whatever was believed before, and touches what differs from what is wanted.
-    pub fn audit(&mut self, seen: Seen) -> Vec<Drift> {
-        let mut drift = Vec::new();
-        for (key, belief) in &seen {
-            if let (Key::Link(addr), Belief::Holds(Object::Link(link))) = (key, belief)
-                && self.inputs.roster.with_addr(*addr).is_none()
-                && self.inputs.roster.get(&link.handle).is_none()
-            {
-                let container = Container {
-                    handle: link.handle.clone(),
-                    addr: *addr,
-                    interface: link.interface.clone(),
-                    mtu: link.mtu,
-                    owner: Owner::default(),
-                    ports: Vec::new(),
-                    profile: None,
-                };
-                self.record(Record::Present(Arc::new(container)));
-                self.replan(Unit::Container(link.handle.clone()));
-                drift.push(Drift::Adopted(link.handle.clone()));
-            }
-        }
-        let present = self.inputs.roster.iter().filter(|(_, presence)| *presence == Presence::Present);
-        let gone = |addr| !seen.contains_key(&Key::Link(addr)) && !self.unborn.contains(&addr);
-        let lost = present.filter(|(container, _)| gone(container.addr));
-        for handle in lost.map(|(container, _)| container.handle.clone()).collect::<Vec<_>>() {
-            self.inputs.roster.set_lost(&handle, true);
-            self.replan(Unit::Container(handle.clone()));
-            drift.push(Drift::Lost(handle));
-        }
-        let keys: BTreeSet<Key> = self.wanted.keys().chain(seen.keys()).cloned().collect();
-        for key in keys {
-            match (seen.get(&key), self.wanted.get(&key)) {
-                (Some(Belief::Holds(is)), Some(will)) if is == will => {}
-                (_, Some(_)) => drift.push(Drift::Differs(key.clone())),
-                (_, None) => drift.push(Drift::Unwanted(key.clone())),
-            }
-            self.touched.insert(key);
-        }
-        let leaving: Vec<_> = self.inputs.roster.iter().filter(|(_, p)| *p == Presence::Leaving).collect();
-        let ended =
-            leaving.into_iter().map(|(c, _)| c.addr).filter(|addr| !seen.contains_key(&Key::Link(*addr)));
-        for addr in ended.collect::<Vec<_>>() {
-            self.record(Record::Resting(addr));
-        }
-        self.believed = seen;
-        if self.wanted != plan(&self.inputs) {
-            drift.push(Drift::Bug);
-            self.replan_all();
-        }
-        drift
     }
 
     /// Whether a touched key waits for the next step: something failed, or is not known yet.
@@ -440,5 +342,12 @@ impl Cell {
 
     pub fn believed(&self) -> &BTreeMap<Key, Belief> {
         &self.believed
+    }
+
+    /// What the kernel has to hold for a container and its profile.
+    pub fn keys_of(&self, container: &Container) -> impl Iterator<Item = &Key> {
+        let own = self.units.get(&Unit::Container(container.handle.clone()));
+        let profile = container.profile.and_then(|digest| self.units.get(&Unit::Profile(digest)));
+        own.into_iter().chain(profile).flatten()
     }
 }

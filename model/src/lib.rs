@@ -14,6 +14,7 @@ pub mod address;
 pub mod asg;
 pub mod cell;
 pub mod container;
+pub mod firewall;
 pub mod ipam;
 pub mod keeper;
 pub mod lease;

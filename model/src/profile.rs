@@ -11,9 +11,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::asg::EgressRule;
+use crate::firewall::Layers;
 
 /// Everything of a container's firewall that others may have in common with it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Profile {
     pub workload: Workload,
     pub settings: Settings,
@@ -35,6 +37,7 @@ pub enum Workload {
 
 /// The CNI configuration's properties, with silk's names where silk has them (contract: silk-release, job silk-cni).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Settings {
     /// Only link-local ones (169.254.0.0/16, RFC 3927) are let through to the cell, tcp and udp 53.
     pub dns_servers: Vec<Ipv4Addr>,
@@ -69,6 +72,7 @@ pub enum Transport {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DenyNetworks {
     pub always: Vec<Ipv4Network>,
     pub running: Vec<Ipv4Network>,
@@ -77,6 +81,7 @@ pub struct DenyNetworks {
 
 /// Limits of the connections that a container opens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct OutboundConnections {
     /// New TCP connections, per destination address and port.
     pub rate: Option<ConnectionRate>,
@@ -90,6 +95,8 @@ pub struct ConnectionRate {
     pub per_sec: NonZeroU32,
     /// Only logs what it would refuse.
     pub dry_run: bool,
+    /// Logs what it refuses.
+    pub log: bool,
 }
 
 impl Default for Settings {
@@ -109,13 +116,67 @@ impl Default for Settings {
     }
 }
 
+/// A profile with what follows from it, which is worked out once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Saved", into = "Saved")]
+pub struct Known {
+    digest: Digest,
+    profile: Profile,
+    layers: Layers,
+}
+
+impl Known {
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    pub fn layers(&self) -> &Layers {
+        &self.layers
+    }
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Profile::default().into()
+    }
+}
+
+impl From<Profile> for Known {
+    fn from(profile: Profile) -> Self {
+        Self { digest: profile.digest(), layers: Layers::of(&profile), profile }
+    }
+}
+
+/// As it is written down. The digest goes with it, so that containers find it whatever a later version would call it.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    digest: Digest,
+    profile: Profile,
+}
+
+impl From<Known> for Saved {
+    fn from(Known { digest, profile, .. }: Known) -> Self {
+        Self { digest, profile }
+    }
+}
+
+impl From<Saved> for Known {
+    fn from(Saved { digest, profile }: Saved) -> Self {
+        Self { digest, layers: Layers::of(&profile), profile }
+    }
+}
+
 /// Names a profile by its content: the first 128 bits of SHA-256.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest(u128);
 
 impl Profile {
-    pub fn digest(&self) -> Digest {
+    fn digest(&self) -> Digest {
         let mut sha = Sha(Sha256::new());
         self.hash(&mut sha);
         let mut first = [0; 16];

@@ -39,6 +39,10 @@ pub enum Reason {
     AlreadyAdded { handle: String },
     #[error("interface {interface} exists in the container's namespace already")]
     InterfaceTaken { interface: String },
+    #[error(
+        "port {port} of the cell is taken by container {holder}; delete that one first, or map another port"
+    )]
+    HostPortTaken { port: u16, holder: String },
     #[error("no free address in {subnet}: every one is in use or still being cleaned up")]
     SubnetFull { subnet: String },
 
@@ -143,6 +147,7 @@ impl Reason {
             Self::UnknownContainer { .. } => row(3, Rpc::NotFound, Refused, Info),
             Self::Damaged { .. } => row(106, Rpc::FailedPrecondition, Refused, Warn),
             Self::AlreadyAdded { .. } => row(100, Rpc::AlreadyExists, Refused, Warn),
+            Self::HostPortTaken { .. } => row(101, Rpc::AlreadyExists, Refused, Warn),
             Self::InterfaceTaken { .. } => row(102, Rpc::AlreadyExists, Refused, Warn),
             Self::SubnetFull { .. } => row(103, Rpc::ResourceExhausted, Refused, Error),
             Self::PoolExhausted { .. } => row(103, Rpc::ResourceExhausted, Refused, Error),

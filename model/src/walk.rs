@@ -9,14 +9,19 @@ use std::sync::Arc;
 use ipnetwork::Ipv4Network;
 use proptest::prelude::*;
 
-use crate::address::UnderlayAddr;
+use crate::address::{DeviceName, UnderlayAddr};
+use crate::asg::{AddrRange, EgressRule, PortRange, Traffic};
 use crate::cell::{
-    Belief, Cell, CellConfig, Change, Dropped, Key, Object, Outcome, Seen, Step, UnderlayDevice, Wanted,
+    Belief, Cell, CellConfig, Change, Dropped, Firewall, Key, Object, Outcome, Seen, Step, UnderlayDevice,
+    Wanted,
 };
-use crate::container::{Handle, Owner};
+use crate::container::{Handle, Owner, PortMapping};
+use crate::firewall::{Content, Guard, Part};
 use crate::lease::{Lease, Peers};
+use crate::profile::{HostService, Profile, Transport};
 use crate::reason::Reason;
 use crate::subnet::OverlaySubnet;
+use nf_tables::{Data, Expression, Verdict};
 
 /// One move of a walk. Numbers are small, so that moves meet.
 #[derive(Debug, Clone)]
@@ -26,8 +31,12 @@ pub enum Move {
     /// The other cells' leases: pairs of cell and subnet.
     Peers(BTreeMap<u8, u8>),
     UnderlayMtu(u32),
-    Add(u8),
+    /// With the profile of this number; and some have a mapped port.
+    Add(u8, u8),
     Drop(u8),
+    Guard(bool),
+    /// Another device leads to the world.
+    Way(bool),
     /// Connections of resting addresses are forgotten.
     Forget,
     /// Somebody else changes the kernel.
@@ -48,21 +57,28 @@ pub enum Accident {
     LinkDamaged(u8),
     /// The namespace of the container of this number ends.
     LinkGone(u8),
+    /// The firewall's part of this number is deleted, as far as that can be; or changed.
+    FirewallDamaged(u8),
+    TableDeleted,
 }
 
 pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
-    let wave = proptest::option::weighted(0.2, 0u8..6).prop_map(|fails| Move::Wave { fails });
+    let wave = proptest::option::weighted(0.2, 0u8..40).prop_map(|fails| Move::Wave { fails });
     let accident = prop_oneof![
         1 => Just(Accident::VtepDeleted),
         3 => (0u8..6).prop_map(Accident::PeerDamaged),
         3 => (0u8..6).prop_map(Accident::LinkDamaged),
         2 => (0u8..6).prop_map(Accident::LinkGone),
+        3 => (0u8..60).prop_map(Accident::FirewallDamaged),
+        1 => Just(Accident::TableDeleted),
     ];
     let one = prop_oneof![
         1 => (1u8..3).prop_map(Move::Lease),
         4 => proptest::collection::btree_map(0u8..6, 3u8..9, 0..5).prop_map(Move::Peers),
         1 => prop_oneof![Just(1500), Just(1400), Just(9000)].prop_map(Move::UnderlayMtu),
-        6 => (0u8..6).prop_map(Move::Add),
+        6 => (0u8..6, 0u8..4).prop_map(|(n, profile)| Move::Add(n, profile)),
+        1 => any::<bool>().prop_map(Move::Guard),
+        1 => any::<bool>().prop_map(Move::Way),
         4 => (0u8..6).prop_map(Move::Drop),
         2 => Just(Move::Forget),
         3 => accident.prop_map(Move::Accident),
@@ -80,8 +96,11 @@ pub fn start(device: u32) -> Cell {
         underlay: underlay(100),
         overlay: "10.255.0.0/16".parse().expect("network"),
         mtu: None,
+        policy: true,
+        log_group: 2312,
     });
     cell.underlay(Some(UnderlayDevice { index: device, mtu: 1500 }));
+    cell.ways(way(false).into_iter().collect());
     cell.leases(Some(Lease::new(underlay(100), subnet(1))), &Peers::new());
     cell
 }
@@ -92,14 +111,46 @@ pub fn handle(n: u8) -> Handle {
 
 /// A container as the platform asks for it, without rules and mapped ports.
 pub fn wanted(n: u8) -> Wanted {
+    wanted_as(n, 0)
+}
+
+/// Kinds differ in their profiles; every second one has a mapped port, which it shares with others.
+fn wanted_as(n: u8, kind: u8) -> Wanted {
+    let port = |n: u16| n.try_into().expect("port");
+    let mapping = PortMapping { host: port(60_000 + u16::from(n / 2)), container: port(8080) };
     Wanted {
         handle: handle(n),
         interface: "eth0".parse().expect("name"),
         mtu: None,
         owner: Owner::default(),
-        ports: Vec::new(),
-        profile: Arc::default(),
+        ports: if kind % 2 == 1 { vec![mapping] } else { Vec::new() },
+        profile: Arc::new(profile(kind / 2).into()),
     }
+}
+
+fn profile(kind: u8) -> Profile {
+    let rule = |third: u8, log| EgressRule {
+        to: AddrRange::new([198, 51, third, 0].into(), [198, 51, 100 + third, 255].into()).expect("range"),
+        traffic: Traffic::Tcp(PortRange::new(80, 90 + u16::from(third)).expect("range")),
+        log,
+        index: third.into(),
+    };
+    let mut profile = Profile::default();
+    if kind > 0 {
+        profile.rules = vec![rule(1, false), rule(2, true), rule(3, false)];
+        profile.settings.log_all = kind > 1;
+        profile.settings.outbound_connections.max = Some(std::num::NonZeroU32::MIN);
+        profile.settings.host_services = vec![HostService {
+            transport: Transport::Tcp,
+            addr: [169, 254, 0, 3].into(),
+            port: std::num::NonZeroU16::MIN,
+        }];
+    }
+    profile
+}
+
+fn way(second: bool) -> Option<DeviceName> {
+    if second { "eth1" } else { "eth0" }.parse().ok()
 }
 
 pub fn underlay(n: u8) -> UnderlayAddr {
@@ -125,8 +176,10 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
             cell.leases(own, &peers.collect());
         }
         Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
-        Move::Add(n) => {
-            return cell.add(wanted(*n)).ok().map(|container| container.handle.clone());
+        Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),
+        Move::Way(second) => cell.ways(way(*second).into_iter().collect()),
+        Move::Add(n, kind) => {
+            return cell.add(wanted_as(*n, *kind)).ok().map(|container| container.handle.clone());
         }
         Move::Drop(n) => {
             let _: Dropped = cell.drop(&handle(*n));
@@ -147,20 +200,54 @@ impl KernelModel {
     /// Links are born only for `newborn` containers; the change with number `fails` fails, half done.
     pub fn apply(&mut self, step: &Step, newborn: &BTreeSet<Handle>, fails: Option<u8>) -> Outcome {
         let mut outcome = Outcome::default();
-        for (n, change) in step.changes().enumerate() {
-            let why = |why: &str| Reason::Kernel {
-                operation: "apply".into(),
-                subject: change.key.to_string(),
-                why: why.into(),
-            };
-            if fails.is_some_and(|fails| usize::from(fails) == n) {
+        let guilty = fails.and_then(|n| step.changes().nth(n.into())).map(|change| &change.key);
+        for key in self.firewall(&step.firewall, guilty) {
+            outcome.failed.insert(key.clone(), failure(&key, "refused"));
+        }
+        for change in step.changes().filter(|change| !change.key.is_firewall()) {
+            if guilty == Some(&change.key) {
                 self.half(change);
-                outcome.failed.insert(change.key.clone(), why("injected"));
+                outcome.failed.insert(change.key.clone(), failure(&change.key, "injected"));
             } else if let Err(reason) = self.change(change, newborn) {
-                outcome.failed.insert(change.key.clone(), why(reason));
+                outcome.failed.insert(change.key.clone(), failure(&change.key, reason));
             }
         }
         outcome
+    }
+
+    /// All or nothing of what is left when the guilty, and those that need them, are left out. Returns these.
+    fn firewall(&mut self, firewall: &Firewall, guilty: Option<&Key>) -> BTreeSet<Key> {
+        let mut out: BTreeSet<Key> = guilty.filter(|key| key.is_firewall()).cloned().into_iter().collect();
+        loop {
+            let mut next = self.holds.clone();
+            if firewall.anew {
+                next.retain(|key, _| !key.is_firewall());
+            }
+            let taken = firewall.changes.iter().filter(|change| !out.contains(&change.key));
+            let mut refused = BTreeSet::new();
+            for Change { key, was, will } in taken {
+                let there = next.contains_key(key);
+                match will {
+                    // An element that is there is not entered again with other data.
+                    Some(_) if there != was.is_some() => drop(refused.insert(key.clone())),
+                    None if !there => drop(refused.insert(key.clone())),
+                    Some(object) => drop(next.insert(key.clone(), Belief::Holds(object.clone()))),
+                    None => drop(next.remove(key)),
+                }
+            }
+            refused.extend(dangling(&next));
+            if refused.is_empty() {
+                self.holds = next;
+                return out;
+            }
+            let changed = |key: &Key| firewall.changes.iter().any(|change| change.key == *key);
+            let before = out.len();
+            out.extend(refused.into_iter().filter(changed));
+            if out.len() == before {
+                // What cannot be told apart fails together.
+                return firewall.changes.iter().map(|change| change.key.clone()).collect();
+            }
+        }
     }
 
     fn change(&mut self, change: &Change, newborn: &BTreeSet<Handle>) -> Result<(), &'static str> {
@@ -204,7 +291,7 @@ impl KernelModel {
             }
         }
         if *key == Key::Vtep {
-            self.holds.retain(|key, _| matches!(key, Key::Link(_)));
+            self.holds.retain(|key, _| matches!(key, Key::Link(_) | Key::Firewall(_)));
         }
     }
 
@@ -220,6 +307,18 @@ impl KernelModel {
                 let addr = cell.roster().get(&handle(*n))?.0.addr;
                 damage(Key::Link(addr));
             }
+            Accident::TableDeleted => self.holds.retain(|key, _| !key.is_firewall()),
+            Accident::FirewallDamaged(n) => {
+                let parts: Vec<Key> = self.holds.keys().filter(|key| key.is_firewall()).cloned().collect();
+                let key = parts.get(usize::from(*n) % parts.len().max(1))?;
+                let kept = self.holds.clone();
+                self.holds.remove(key);
+                if !dangling(&self.holds).is_empty() {
+                    // It is needed: somebody changes it instead.
+                    self.holds = kept;
+                    self.holds.insert(key.clone(), Belief::Unknown);
+                }
+            }
             Accident::LinkGone(n) => {
                 let key = Key::Link(cell.roster().get(&handle(*n))?.0.addr);
                 return self.holds.remove(&key).map(|_| key);
@@ -227,4 +326,41 @@ impl KernelModel {
         }
         None
     }
+}
+
+fn failure(key: &Key, why: &str) -> Reason {
+    Reason::Kernel { operation: "apply".into(), subject: key.to_string(), why: why.into() }
+}
+
+/// Parts of the firewall that need something that is not there.
+fn dangling(holds: &Seen) -> BTreeSet<Key> {
+    let has = |part: Part| holds.contains_key(&Key::Firewall(part));
+    let leads = |verdict: &Verdict| match verdict {
+        Verdict::Jump(chain) | Verdict::Goto(chain) => has(Part::Chain(chain.clone())),
+        Verdict::Accept | Verdict::Drop | Verdict::Return => true,
+    };
+    let stands = |expression: &Expression| match expression {
+        Expression::Verdict(verdict) => leads(verdict),
+        Expression::Lookup { set, .. } | Expression::Update { set, .. } => has(Part::Set(set.clone())),
+        _ => true,
+    };
+    let whole = |key: &Key, belief: &Belief| {
+        let Key::Firewall(part) = key else { return true };
+        let content = match belief {
+            Belief::Holds(Object::Firewall(content)) => Some(content),
+            _ => None,
+        };
+        match (part, content) {
+            (Part::Table, _) => true,
+            (Part::Element(set, _), Some(Content::Element(Data::Verdict(verdict)))) => {
+                has(Part::Set(set.clone())) && leads(verdict)
+            }
+            (Part::Element(set, _), _) => has(Part::Set(set.clone())),
+            (Part::Chain(_), Some(Content::Chain(chain))) => {
+                has(Part::Table) && chain.rules.iter().all(|rule| rule.expressions.iter().all(stands))
+            }
+            _ => has(Part::Table),
+        }
+    };
+    holds.iter().filter(|(key, belief)| !whole(key, belief)).map(|(key, _)| key.clone()).collect()
 }

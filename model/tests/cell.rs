@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use weft_model::cell::unit::plan;
-use weft_model::cell::{Belief, Cell, Drift, Key, Presence, Record, Roster, UnderlayDevice};
+use weft_model::cell::{Belief, Cell, Drift, Key, Presence, Record, Roster, Scope, Seen, UnderlayDevice};
 use weft_model::container::Handle;
+use weft_model::firewall::Part;
 use weft_model::walk::{self, KernelModel, Move};
 
 const DEVICE: u32 = 7;
@@ -56,7 +57,7 @@ impl Walker {
     }
 
     fn audit(&mut self) {
-        let drift = self.cell.audit(self.kernel.holds.clone());
+        let drift = audit(&mut self.cell, &self.kernel.holds);
         assert!(!drift.contains(&Drift::Bug), "wanted has drifted from the plan");
     }
 
@@ -67,6 +68,11 @@ impl Walker {
         }
         self.journal.extend(self.cell.take_records());
     }
+}
+
+fn audit(cell: &mut Cell, holds: &Seen) -> Vec<Drift> {
+    let seen = |scope: Scope| holds.clone().into_iter().filter(move |(key, _)| scope.has(key)).collect();
+    Scope::ALL.into_iter().flat_map(|scope| cell.audit(scope, seen(scope))).collect()
 }
 
 fn check(walker: &Walker) -> Result<(), TestCaseError> {
@@ -124,6 +130,8 @@ proptest! {
         for mv in moves.iter().filter(|mv| !matches!(mv, Move::Accident(_) | Move::Wave { .. } | Move::Audit)) {
             walker.go(mv);
             walker.wave(None);
+            // A profile goes when the link of the last container that had it has gone.
+            walker.wave(None);
             prop_assert_eq!(&walker.kernel.holds, walker.cell.believed());
             let wanted = plan(walker.cell.inputs()).into_iter().map(|(key, object)| (key, Belief::Holds(object)));
             prop_assert_eq!(&walker.kernel.holds, &wanted.collect());
@@ -158,16 +166,31 @@ proptest! {
 fn a_cell_without_a_lease_touches_nothing_on_the_overlay() {
     let mut walker = Walker::new();
     walker.go(&Move::Peers([(1, 4), (2, 5)].into()));
-    walker.go(&Move::Add(1));
+    walker.go(&Move::Add(1, 2));
     walker.wave(None);
     let running = walker.kernel.holds.clone();
-    assert_eq!(running.len(), 4);
+    let peers = [(walk::subnet(4), walk::underlay(2)), (walk::subnet(5), walk::underlay(3))];
+    for (subnet, underlay) in peers {
+        assert!(running.contains_key(&Key::Peer(subnet)));
+        let leased = Part::Element("leased".parse().expect("name"), underlay.get().octets().into());
+        assert!(running.contains_key(&Key::Firewall(leased)));
+    }
 
     // The node starts again, its snapshot is lost, and the controller is away.
     let mut restarted = Cell::new(walker.cell.inputs().config.clone());
     restarted.replay(walker.journal.clone());
-    restarted.audit(running.clone());
+    restarted.ways(walker.cell.inputs().ways.clone());
+    audit(&mut restarted, &running);
     assert!(restarted.diff().is_empty(), "nothing is known, so nothing is taken away");
+    // Even if the firewall has to be made anew.
+    let mut damaged = running.clone();
+    damaged.insert(Key::Firewall(Part::Chain("forward".parse().expect("name"))), Belief::Unknown);
+    audit(&mut restarted, &damaged);
+    let step = restarted.diff();
+    assert!(step.firewall.anew);
+    let outcome = walker.kernel.apply(&step, &BTreeSet::new(), None);
+    assert_eq!(restarted.settle(&step, &outcome), []);
+    assert_eq!(walker.kernel.holds, running);
 
     // The lease is back: the same as before, so there is still nothing to do.
     restarted.underlay(walker.cell.inputs().device);
@@ -179,13 +202,18 @@ fn a_cell_without_a_lease_touches_nothing_on_the_overlay() {
 #[test]
 fn a_lost_journal_is_read_back_from_the_links() {
     let mut walker = Walker::new();
-    walker.go(&Move::Add(1));
+    walker.go(&Move::Add(1, 2));
     walker.wave(None);
     let mut restarted = walk::start(DEVICE);
-    let drift = restarted.audit(walker.kernel.holds.clone());
+    let drift = audit(&mut restarted, &walker.kernel.holds);
     assert!(drift.contains(&Drift::Adopted(walk::handle(1))), "{drift:?}");
-    assert!(restarted.diff().is_empty());
-    assert_eq!(restarted.roster().get(&walk::handle(1)), walker.cell.roster().get(&walk::handle(1)));
+    let step = restarted.diff();
+    assert_eq!((step.lay, step.remove), (Vec::new(), Vec::new()), "its link stays as it is");
+    let (handle, before) = (walk::handle(1), walker.cell.roster());
+    let (adopted, presence) = restarted.roster().get(&handle).expect("adopted");
+    let (lived, _) = before.get(&handle).expect("lived");
+    assert_eq!((presence, adopted.addr, adopted.mtu), (Presence::Present, lived.addr, lived.mtu));
+    assert_eq!(adopted.profile, None, "what it may do was in the journal only");
 }
 
 #[test]

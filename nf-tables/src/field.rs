@@ -60,6 +60,14 @@ impl Key {
         }
     }
 
+    /// Bytes that each field takes.
+    pub fn widths(&self) -> Vec<usize> {
+        match self.0.as_slice() {
+            [one] => vec![one.len() as usize],
+            fields => fields.iter().map(|field| field.padded() as usize).collect(),
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -19,6 +19,7 @@ pub mod decode;
 mod encode;
 pub mod expression;
 pub mod field;
+pub mod machine;
 pub mod name;
 pub mod request;
 pub mod rule;

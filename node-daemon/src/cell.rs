@@ -4,29 +4,35 @@
 //! by the clock. All that waits goes into one wave: edit, write the journal, diff, apply, settle, answer. Emits
 //! answers, and the inner ends of new links to threads of their own.
 
-use std::collections::BTreeSet;
-use std::os::fd::{AsFd, OwnedFd};
+mod audit;
+mod call;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
-use tracing::{Level, debug, error, info, warn};
+use tracing::{debug, error, info, warn};
 use weft_model::address::{DeviceName, OverlayAddr};
-use weft_model::cell::{Belief, Cell, Drift, Dropped, Fault, Key, Object, Outcome, Presence, Step};
-use weft_model::container::Handle;
+use weft_model::cell::{Cell, Dropped, Fault, Key, Outcome, Scope, Step};
+use weft_model::container::Container;
+use weft_model::firewall::Guard;
 use weft_model::link::LinkSpec;
-use weft_model::reason::{self, Reason};
+use weft_model::reason::Reason;
 
-use crate::inbox::{Check, Inbox, Reply, Request, Waiting};
+use crate::inbox::{Inbox, Reply, Request, Waiting};
 use crate::journal::Journal;
 use crate::kernel::events::Event;
-use crate::kernel::{Kernel, KernelError, Namespaces, conntrack, inside};
+use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
 use crate::report::status;
+use call::lay_inside;
 
 /// Between audits when nothing has happened.
 const AUDIT: Duration = Duration::from_secs(60);
@@ -46,13 +52,25 @@ pub struct Task<K> {
     pub waiting: Waiting,
     pub inbox: Inbox,
     pub overlay: watch::Receiver<Overlay>,
-    pub underlay_device: Option<DeviceName>,
+    pub underlay: Underlay,
+    /// Who rejects what containers send to the cell.
+    pub guard: watch::Receiver<Guard>,
     pub metrics: Arc<Metrics>,
+}
+
+/// Which of the cell's devices lead out.
+#[derive(Debug, Default)]
+pub struct Underlay {
+    /// The device for the overlay's frames, if not the one that has the underlay address.
+    pub device: Option<DeviceName>,
+    /// Devices on which containers reach the world; none: those that have `addresses`.
+    pub ways: BTreeSet<DeviceName>,
+    pub addresses: Vec<Ipv4Addr>,
 }
 
 /// A call that has its effect in this wave.
 enum Asked {
-    Add { spec: LinkSpec, namespace: Arc<OwnedFd>, reply: Reply<LinkSpec> },
+    Add { container: Arc<Container>, namespace: Arc<OwnedFd>, reply: Reply<LinkSpec> },
     Delete { addr: OverlayAddr, reply: Reply<()> },
 }
 
@@ -64,6 +82,8 @@ struct Running<K> {
     /// What has been reported and not been mended since.
     reported: BTreeSet<Key>,
     underlay_missing: bool,
+    /// Somebody else changed the firewall's table.
+    table_touched: bool,
     forgetting: bool,
     forgetting_fails: bool,
 }
@@ -72,8 +92,10 @@ impl<K: Kernel> Task<K> {
     /// Looks at the kernel and brings it in step. What differs now is no drift: nobody watched before.
     pub async fn start(mut self) -> Result<Started<K>, KernelError> {
         let underlay = self.cell.inputs().config.underlay;
-        let device = self.kernel.underlay(underlay, self.underlay_device.as_ref()).await?;
+        let device = self.kernel.underlay(underlay, self.underlay.device.as_ref()).await?;
         self.cell.underlay(Some(device));
+        let ways = self.ways().await?;
+        self.cell.ways(ways);
         let now = Instant::now();
         let mut running = Running {
             task: self,
@@ -81,16 +103,27 @@ impl<K: Kernel> Task<K> {
             heard: None,
             reported: BTreeSet::new(),
             underlay_missing: false,
+            table_touched: false,
             forgetting: false,
             forgetting_fails: false,
         };
         running.follow_leases();
-        let seen = running.task.kernel.see().await?;
-        for drift in running.task.cell.audit(seen) {
-            running.report_container(&drift);
+        running.follow_guard();
+        for scope in Scope::ALL {
+            let seen = running.task.kernel.see(scope).await?;
+            for drift in running.task.cell.audit(scope, seen) {
+                running.report_container(&drift);
+            }
         }
         running.wave(Vec::new()).await;
         Ok(Started(running))
+    }
+
+    async fn ways(&mut self) -> Result<BTreeSet<DeviceName>, KernelError> {
+        match self.underlay.ways.is_empty() {
+            true => self.kernel.devices_of(&self.underlay.addresses).await,
+            false => Ok(self.underlay.ways.clone()),
+        }
     }
 }
 
@@ -100,8 +133,11 @@ pub struct Started<K>(Running<K>);
 
 impl<K: Kernel> Started<K> {
     /// Runs until every handle of the inbox is gone.
-    pub async fn run(self, events: impl Stream<Item = Event> + Send) {
+    ///
+    /// `touched`: somebody else changed the firewall's table.
+    pub async fn run(self, events: impl Stream<Item = Event> + Send, touched: impl Stream<Item = ()> + Send) {
         let mut events = std::pin::pin!(events);
+        let mut touched = std::pin::pin!(touched);
         let Self(mut running) = self;
         loop {
             let wake = running.next_deadline();
@@ -117,6 +153,19 @@ impl<K: Kernel> Started<K> {
                         return;
                     }
                     running.follow_leases();
+                    running.wave(Vec::new()).await;
+                }
+                changed = running.task.guard.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    running.follow_guard();
+                    running.wave(Vec::new()).await;
+                }
+                Some(()) = touched.next() => {
+                    // All that is said at once is one change.
+                    while touched.next().now_or_never().flatten().is_some() {}
+                    running.table_touched = true;
                     running.wave(Vec::new()).await;
                 }
                 Some(_) = events.next() => running.heard = running.heard.or_else(|| Some(Instant::now())).inspect(|first| {
@@ -151,6 +200,11 @@ impl<K: Kernel> Running<K> {
         }
     }
 
+    fn follow_guard(&mut self) {
+        let guard = *self.task.guard.borrow_and_update();
+        self.task.cell.guard(guard);
+    }
+
     // === one wave ===
 
     async fn wave(&mut self, requests: Vec<Request>) {
@@ -167,39 +221,56 @@ impl<K: Kernel> Running<K> {
             // Nothing that is not in the journal may be laid: an unknown container would lose its address.
             asked = self.refuse_adds(asked, &error);
         }
-        let mut outcome = Outcome::default();
-        // A link that could not be laid is taken away again in the same wave, so that a failure leaves nothing.
-        for _ in 0..3 {
-            let step = self.task.cell.diff();
-            if step.is_empty() {
-                break;
-            }
-            let done = self.apply(&step, &namespaces).await;
-            let failed_adds = asked.iter().filter_map(|asked| match asked {
-                Asked::Add { spec, .. } if done.failed.contains_key(&Key::Link(spec.addr)) => {
-                    Some(&spec.handle)
-                }
-                _ => None,
-            });
-            let failed_adds: Vec<Handle> = failed_adds.cloned().collect();
-            for handle in &failed_adds {
-                self.task.cell.drop(handle);
-            }
-            for (key, why) in done.failed {
-                outcome.failed.entry(key).or_insert(why);
-            }
-            if failed_adds.is_empty() {
-                break;
-            }
+        if std::mem::take(&mut self.table_touched) {
+            self.look(Scope::Firewall).await;
         }
+        let failed = self.carry_out(&asked, &namespaces).await;
         if let Err(error) = self.write_journal() {
             debug!(error = %chain(&error), "journal not written");
         }
         for asked in asked {
-            self.answer(asked, &outcome);
+            self.answer(asked, &failed);
         }
         self.forget_resting();
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
+    }
+
+    /// Applies steps until all is done that can be, and says what failed, by key, or by the key of the link of a container
+    /// that could not be added.
+    async fn carry_out(&mut self, asked: &[Asked], namespaces: &Namespaces) -> BTreeMap<Key, Reason> {
+        let mut failed = BTreeMap::new();
+        let mut looked = false;
+        // A container that could not be added is taken away again in the same wave, so that a failure leaves nothing.
+        for _ in 0..4 {
+            let step = self.task.cell.diff();
+            if step.is_empty() {
+                break;
+            }
+            let done = self.apply(&step, namespaces).await;
+            if done.failed.keys().any(Key::is_firewall) && !looked {
+                // Perhaps somebody has just changed the table: what is there is looked at, and then it is tried again.
+                looked = true;
+                self.look(Scope::Firewall).await;
+                continue;
+            }
+            let mut dropped = false;
+            for asked in asked {
+                let Asked::Add { container, .. } = asked else { continue };
+                let why = self.task.cell.keys_of(container).find_map(|key| done.failed.get(key));
+                if let Some(why) = why.cloned() {
+                    failed.entry(Key::Link(container.addr)).or_insert(why);
+                    self.task.cell.drop(&container.handle);
+                    dropped = true;
+                }
+            }
+            for (key, why) in done.failed {
+                failed.entry(key).or_insert(why);
+            }
+            if !dropped {
+                break;
+            }
+        }
+        failed
     }
 
     async fn edit(&mut self, request: Request, asked: &mut Vec<Asked>, namespaces: &mut Namespaces) {
@@ -208,9 +279,8 @@ impl<K: Kernel> Running<K> {
             Request::Add { reply, .. } if reply.is_closed() => {}
             Request::Add { wanted, namespace, reply } => match self.task.cell.add(wanted) {
                 Ok(container) => {
-                    let spec = LinkSpec::of(&container);
-                    namespaces.insert(spec.addr, Arc::clone(&namespace));
-                    asked.push(Asked::Add { spec, namespace, reply });
+                    namespaces.insert(container.addr, Arc::clone(&namespace));
+                    asked.push(Asked::Add { container, namespace, reply });
                 }
                 Err(reason) => drop(reply.send(Err(self.explained(reason)))),
             },
@@ -219,6 +289,7 @@ impl<K: Kernel> Running<K> {
                 Dropped::Leaving(addr) => asked.push(Asked::Delete { addr, reply }),
             },
             Request::Check(check) => self.check(check).await,
+            Request::Explain { question, reply } => drop(reply.send(self.explain(question).await)),
             Request::Status { reply } => {
                 let ready = self.task.cell.ready().map_err(|reason| self.explained(reason));
                 drop(reply.send(Ok(status(&self.task.cell, &self.task.overlay.borrow(), ready.err()))));
@@ -249,8 +320,8 @@ impl<K: Kernel> Running<K> {
         let mut kept = Vec::new();
         for asked in asked {
             match asked {
-                Asked::Add { spec, reply, .. } => {
-                    self.task.cell.drop(&spec.handle);
+                Asked::Add { container, reply, .. } => {
+                    self.task.cell.drop(&container.handle);
                     drop(reply.send(Err(Reason::File {
                         operation: "write".into(),
                         path: "the journal of containers".into(),
@@ -275,7 +346,7 @@ impl<K: Kernel> Running<K> {
         for change in step.changes() {
             if !outcome.failed.contains_key(&change.key) {
                 self.reported.remove(&change.key);
-                if matches!(change.key, Key::Link(_)) {
+                if matches!(change.key, Key::Link(_) | Key::Firewall(_)) {
                     debug!(%change, "applied")
                 } else {
                     info!(%change, "applied")
@@ -292,14 +363,15 @@ impl<K: Kernel> Running<K> {
         outcome
     }
 
-    fn answer(&self, asked: Asked, outcome: &Outcome) {
+    fn answer(&self, asked: Asked, failed: &BTreeMap<Key, Reason>) {
         match asked {
             Asked::Delete { addr, reply } => {
-                let failed = outcome.failed.get(&Key::Link(addr)).cloned();
+                let failed = failed.get(&Key::Link(addr)).cloned();
                 drop(reply.send(failed.map_or(Ok(()), Err)));
             }
-            Asked::Add { spec, namespace, reply } => {
-                if let Some(why) = outcome.failed.get(&Key::Link(spec.addr)) {
+            Asked::Add { container, namespace, reply } => {
+                let spec = LinkSpec::of(&container);
+                if let Some(why) = failed.get(&Key::Link(spec.addr)) {
                     drop(reply.send(Err(why.clone())));
                     return;
                 }
@@ -326,150 +398,6 @@ impl<K: Kernel> Running<K> {
             };
             inbox.tell(told).await;
         });
-    }
-
-    // === audit and check ===
-
-    async fn audit(&mut self) {
-        self.audit_at = Instant::now() + AUDIT;
-        self.heard = None;
-        let config = &self.task.cell.inputs().config;
-        match self.task.kernel.underlay(config.underlay, self.task.underlay_device.as_ref()).await {
-            Ok(device) => {
-                self.underlay_missing = false;
-                self.task.cell.underlay(Some(device));
-            }
-            Err(error) if !self.underlay_missing => {
-                self.underlay_missing = true;
-                warn!(error = %chain(&error), "underlay device not found; what is there stays");
-            }
-            Err(_) => {}
-        }
-        let seen = match self.task.kernel.see().await {
-            Ok(seen) => seen,
-            Err(error) => {
-                error!(error = %chain(&error), "audit not possible");
-                return;
-            }
-        };
-        let before = self.task.cell.believed().clone();
-        for drift in self.task.cell.audit(seen) {
-            match &drift {
-                Drift::Differs(key) | Drift::Unwanted(key) => {
-                    // What was not believed to be right is known to be pending.
-                    let believed = match (before.get(key), self.task.cell.wanted().get(key)) {
-                        (Some(Belief::Holds(is)), Some(will)) => is == will,
-                        (was, will) => was.is_none() && will.is_none(),
-                    };
-                    if believed && self.reported.insert(key.clone()) {
-                        warn!(%key, "drift repaired");
-                        self.task.metrics.drift();
-                    }
-                }
-                Drift::Bug => {
-                    error!("what is wanted was not what the plan says; planned anew");
-                }
-                container => self.report_container(container),
-            }
-        }
-    }
-
-    fn report_container(&self, drift: &Drift) {
-        match drift {
-            Drift::Lost(handle) => info!(%handle, "container's link is gone"),
-            Drift::Adopted(handle) => warn!(%handle, "container of a lost journal adopted"),
-            Drift::Differs(_) | Drift::Unwanted(_) | Drift::Bug => {}
-        }
-    }
-
-    async fn check(&mut self, check: Check) {
-        let Check { handle, interface, addr, namespace, reply } = check;
-        match self.check_cells_end(&handle, &interface, addr).await {
-            Err(reason) => drop(reply.send(Err(reason))),
-            Ok(spec) => {
-                spawn_blocking(move || drop(reply.send(inside::check(namespace.as_fd(), &spec))));
-            }
-        }
-    }
-
-    async fn check_cells_end(
-        &mut self,
-        handle: &Handle,
-        interface: &DeviceName,
-        addr: Option<OverlayAddr>,
-    ) -> Result<LinkSpec, Reason> {
-        let Some((container, presence)) = self.task.cell.roster().get(handle) else {
-            return Err(Reason::UnknownContainer { handle: handle.to_string() });
-        };
-        let damaged = |what: &str| Reason::Damaged { handle: handle.to_string(), what: what.into() };
-        let spec = LinkSpec::of(container);
-        match presence {
-            Presence::Present => {}
-            Presence::Lost => return Err(damaged("its link is gone")),
-            Presence::Leaving => return Err(damaged("it is being deleted")),
-        }
-        if *interface != spec.interface {
-            return Err(damaged(&format!("its interface is {}", spec.interface)));
-        }
-        if addr.is_some_and(|addr| addr != spec.addr) {
-            return Err(damaged(&format!("its address is {}", spec.addr)));
-        }
-        let seen = self.task.kernel.see().await.map_err(|error| error.reason())?;
-        match seen.get(&Key::Link(spec.addr)) {
-            Some(Belief::Holds(Object::Link(link))) if *link == spec => Ok(spec),
-            Some(_) => Err(damaged("the cell's end of its link is not whole")),
-            None => Err(damaged("its link is gone")),
-        }
-    }
-}
-
-/// Lays the inner end of a new link. If that fails, or nobody waits for it any more, the container is deleted.
-async fn lay_inside(
-    spec: LinkSpec,
-    namespace: Arc<OwnedFd>,
-    reply: Reply<LinkSpec>,
-    inbox: Inbox,
-    metrics: &Metrics,
-) {
-    let inner = spec.clone();
-    let began = std::time::Instant::now();
-    let laid = spawn_blocking(move || inside::lay(namespace.as_fd(), &inner)).await;
-    metrics.inside(began.elapsed());
-    let laid = laid.unwrap_or_else(|panic| Err(Reason::Bug { invariant: panic.to_string() }));
-    let (handle, answer) = (spec.handle.clone(), laid.map(|()| spec));
-    match answer {
-        Ok(spec) => {
-            info!(%handle, addr = %spec.addr, "container added");
-            if reply.send(Ok(spec)).is_err() {
-                warn!(%handle, "caller of ADD has gone; container deleted");
-                undo(&inbox, handle).await;
-            }
-        }
-        Err(why) => {
-            log(&why, &handle);
-            undo(&inbox, handle).await;
-            drop(reply.send(Err(why)));
-        }
-    }
-}
-
-async fn undo(inbox: &Inbox, handle: Handle) {
-    let (reply, answer) = tokio::sync::oneshot::channel();
-    inbox.tell(Request::Delete { handle, reply }).await;
-    // What could not be removed is tried again by the cell's task, and logged there.
-    drop(answer.await);
-}
-
-fn log(why: &Reason, handle: &Handle) {
-    let level = match why.meaning().level {
-        reason::Level::Info => Level::INFO,
-        reason::Level::Warn => Level::WARN,
-        reason::Level::Error => Level::ERROR,
-    };
-    match level {
-        Level::ERROR => error!(%handle, %why, "container not added"),
-        Level::WARN => warn!(%handle, %why, "container not added"),
-        _ => info!(%handle, %why, "container not added"),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The configuration file, parsed into values that cannot be wrong.
 
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnetwork::Ipv4Network;
@@ -10,6 +11,8 @@ use weft_daemon::tls::Files;
 use weft_model::address::{DeviceName, UnderlayAddr};
 use weft_model::cell::CellConfig;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
+
+use crate::cell::Underlay;
 
 /// One JSON object; every field but the first group has a default. docs/operating.md describes them for people.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -54,9 +57,18 @@ pub struct Config {
     /// One address instead of a block: a machine without containers that speaks on the overlay.
     #[serde(default)]
     pub single_ip_only: bool,
-    /// Must be true: this version enforces no policy between containers, and does not pretend to.
+    /// Every container reaches every other, on all cells. If false, only where a policy lets it.
     #[serde(default)]
     pub disable_container_network_policy: bool,
+    /// Addresses of the networks on which containers reach the world; none: `underlay_ip` alone.
+    #[serde(default)]
+    pub underlay_ips: Vec<Ipv4Addr>,
+    /// The devices for that, if not those that have `underlay_ips`.
+    #[serde(default)]
+    pub underlay_interface_names: BTreeSet<DeviceName>,
+    /// The NFLOG group through which the kernel passes the traffic log: nobody else on the machine may read it.
+    #[serde(default = "default::nflog_group")]
+    pub nflog_group: u16,
     /// Health and metrics, plain HTTP on loopback.
     #[serde(default = "default::health_address")]
     pub health_address: SocketAddr,
@@ -93,6 +105,10 @@ mod default {
         4789
     }
 
+    pub(super) fn nflog_group() -> u16 {
+        2312
+    }
+
     pub(super) fn health_address() -> SocketAddr {
         ([127, 0, 0, 1], 23954).into()
     }
@@ -105,20 +121,12 @@ mod default {
 /// What the file's fields say together and this version cannot do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error(
-        "disable_container_network_policy: this version does not enforce policies between containers; set it to true \
-         if every container may reach every other, or do not use this version"
-    )]
-    Policy,
     #[error("underlay_ip: {0} lies within overlay_network {1}; the two must be apart")]
     UnderlayInOverlay(UnderlayAddr, OverlayNetwork),
 }
 
 impl Config {
     pub fn check(&self) -> Result<(), Refused> {
-        if !self.disable_container_network_policy {
-            return Err(Refused::Policy);
-        }
         if Ipv4Network::from(self.overlay_network).contains(self.underlay_ip.get()) {
             return Err(Refused::UnderlayInOverlay(self.underlay_ip, self.overlay_network));
         }
@@ -140,6 +148,17 @@ impl Config {
             underlay: self.underlay_ip,
             overlay: self.overlay_network,
             mtu: (self.mtu != 0).then_some(self.mtu),
+            policy: !self.disable_container_network_policy,
+            log_group: self.nflog_group,
+        }
+    }
+
+    pub fn underlay(&self) -> Underlay {
+        let own = || vec![self.underlay_ip.get()];
+        Underlay {
+            device: self.vxlan_interface_name.clone(),
+            ways: self.underlay_interface_names.clone(),
+            addresses: if self.underlay_ips.is_empty() { own() } else { self.underlay_ips.clone() },
         }
     }
 
@@ -176,7 +195,7 @@ mod tests {
     fn minimal() -> Value {
         json!({
             "cell_id": "cell", "underlay_ip": "10.0.0.1", "controllers": ["https://10.0.0.9:4103"],
-            "ca_file": "ca", "certificate_file": "crt", "key_file": "key", "disable_container_network_policy": true,
+            "ca_file": "ca", "certificate_file": "crt", "key_file": "key",
         })
     }
 
@@ -205,7 +224,8 @@ mod tests {
             ("overlay_network", json!("10.255.0.1/16")),
             ("vtep_name", json!("much-too-long-name")),
             ("vtep_port", json!(70000)),
-            ("disable_container_network_policy", json!(false)),
+            ("disable_container_network_policy", json!("no")),
+            ("underlay_ips", json!(["fe80::1"])),
             ("cell_id", json!("")),
             ("no_such_field", json!(1)),
         ] {

@@ -4,6 +4,7 @@
 //! its deadline, and is undone by the cell's task if the caller has gone by then.
 
 use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::cell::Wanted;
 use weft_model::container::Handle;
+use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 use weft_proto::node::StatusResponse;
@@ -38,6 +40,10 @@ pub enum Request {
         handle: Handle,
         reply: Reply<()>,
     },
+    Explain {
+        question: Question,
+        reply: Reply<Explanation>,
+    },
     Status {
         reply: Reply<StatusResponse>,
     },
@@ -45,6 +51,20 @@ pub enum Request {
     Forgotten(BTreeSet<OverlayAddr>),
     /// They could not be looked for; they are tried again later.
     NotForgotten(Reason),
+}
+
+#[derive(Debug, Clone)]
+pub enum Sender {
+    Container(Handle),
+    Addr(Ipv4Addr),
+}
+
+/// What becomes of a packet?
+#[derive(Debug, Clone)]
+pub struct Question {
+    pub from: Sender,
+    pub to: Ipv4Addr,
+    pub probe: Probe,
 }
 
 #[derive(Debug)]
@@ -121,6 +141,10 @@ impl Calls for Inbox {
     /// The interface plays no part: a handle has one.
     async fn delete(&self, handle: Handle, _: DeviceName) -> Result<(), Reason> {
         self.ask("DEL", |reply| Request::Delete { handle, reply }).await
+    }
+
+    async fn explain(&self, question: Question) -> Result<Explanation, Reason> {
+        self.ask("explain", |reply| Request::Explain { question, reply }).await
     }
 
     async fn status(&self) -> StatusResponse {

@@ -7,6 +7,7 @@
 //! ```text
 //!  socket    batches of messages, one acknowledgement each; dumps
 //!  message   our objects as netlink messages
+//!  rules     the firewall's changes, one transaction for a step; and what is in its table
 //!  lay       what a step lays            delete    links away, on threads of their own
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
@@ -20,12 +21,14 @@ pub mod events;
 pub mod inside;
 mod lay;
 mod message;
+mod rules;
 mod see;
 mod socket;
 mod sysctl;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -33,12 +36,14 @@ use std::thread;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use tokio::sync::oneshot;
 use weft_model::address::{DeviceName, OverlayAddr, UnderlayAddr};
-use weft_model::cell::{Outcome, Seen, Step, UnderlayDevice};
+use weft_model::cell::{Outcome, Scope, Seen, Step, UnderlayDevice};
+use weft_model::firewall::explain::Route;
 use weft_model::reason::Reason;
 
 use delete::Deleters;
 use dump::RouteSocket;
 use lay::Work;
+use rules::RulesSocket;
 use socket::NetlinkSocket;
 
 /// Where the inner ends of new links are born: the containers' network namespaces, by container address.
@@ -46,14 +51,24 @@ pub type Namespaces = HashMap<OverlayAddr, Arc<OwnedFd>>;
 
 /// What the cell's task asks of a kernel.
 pub trait Kernel: Send {
-    /// Carries out a step, as far as it goes: a change that fails is reported, the others are carried out.
+    /// Carries out a step, as far as it goes: a change that fails is reported, the others are carried out. Those of the
+    /// firewall are carried out together; those that are refused, and those that need them, are left out.
     ///
     /// A link whose address is in `namespaces` is made anew, its inner end in that namespace and down
     /// ([`inside::lay`] raises it). A link without one is mended from the cell's end.
     fn apply(&mut self, step: &Step, namespaces: &Namespaces) -> impl Future<Output = Outcome> + Send;
 
-    /// What there is. A key that is not named is surely absent.
-    fn see(&mut self) -> impl Future<Output = Result<Seen, KernelError>> + Send;
+    /// What there is within a scope. A key that is not named is surely absent.
+    fn see(&mut self, scope: Scope) -> impl Future<Output = Result<Seen, KernelError>> + Send;
+
+    /// The devices that have these addresses; of an address that none has, none.
+    fn devices_of(
+        &mut self,
+        addrs: &[Ipv4Addr],
+    ) -> impl Future<Output = Result<BTreeSet<DeviceName>, KernelError>> + Send;
+
+    /// Where the cell's routes lead an address.
+    fn route(&mut self, to: Ipv4Addr) -> impl Future<Output = Result<Route, KernelError>> + Send;
 
     /// The device that owns the underlay address, or the one of the given name.
     fn underlay(
@@ -106,12 +121,14 @@ impl KernelError {
 #[derive(Debug)]
 pub struct Netlink {
     jobs: mpsc::Sender<Job>,
+    rules_port: u32,
 }
 
 type Job = Box<dyn FnOnce(&mut Worker) + Send>;
 
 struct Worker {
     socket: RouteSocket,
+    rules: RulesSocket,
     deleters: Deleters,
     vtep: DeviceName,
 }
@@ -126,11 +143,18 @@ impl Netlink {
         };
         let socket = NetlinkSocket::open(NETLINK_ROUTE, 0).map_err(refused)?;
         let deleters = Deleters::start().map_err(refused)?;
-        let mut worker = Worker { socket, deleters, vtep: vtep.clone() };
+        let rules = RulesSocket::open().map_err(refused)?;
+        let rules_port = rules.port();
+        let mut worker = Worker { socket, rules, deleters, vtep: vtep.clone() };
         let (jobs, asked) = mpsc::channel::<Job>();
         let work = move || asked.into_iter().for_each(|job| job(&mut worker));
         thread::Builder::new().name("weft-netlink".into()).spawn(work).map_err(refused)?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, rules_port })
+    }
+
+    /// Who changes the firewall, as the kernel's notifications name us.
+    pub fn rules_port(&self) -> u32 {
+        self.rules_port
     }
 
     async fn ask<T: Send + 'static>(
@@ -155,9 +179,33 @@ impl Kernel for Netlink {
         })
     }
 
-    async fn see(&mut self) -> Result<Seen, KernelError> {
-        self.ask(|worker| see::see(&mut worker.socket, &worker.vtep)).await?.map_err(|source| {
-            KernelError::Refused { operation: "read", subject: "links, routes and neighbours".into(), source }
+    async fn see(&mut self, scope: Scope) -> Result<Seen, KernelError> {
+        let (subject, seen) = match scope {
+            Scope::Links => {
+                let see = |worker: &mut Worker| see::see(&mut worker.socket, &worker.vtep);
+                ("links, routes and neighbours", self.ask(see).await?)
+            }
+            Scope::Firewall => ("the firewall's table", self.ask(|worker| worker.rules.see()).await?),
+        };
+        seen.map_err(|source| KernelError::Refused { operation: "read", subject: subject.into(), source })
+    }
+
+    async fn devices_of(&mut self, addrs: &[Ipv4Addr]) -> Result<BTreeSet<DeviceName>, KernelError> {
+        let addrs = addrs.to_vec();
+        let found = self.ask(move |worker| see::devices_of(&mut worker.socket, &addrs)).await?;
+        found.map_err(|source| KernelError::Refused {
+            operation: "find the devices of",
+            subject: "the underlay's addresses".into(),
+            source,
+        })
+    }
+
+    async fn route(&mut self, to: Ipv4Addr) -> Result<Route, KernelError> {
+        let found = self.ask(move |worker| see::route(&mut worker.socket, to)).await?;
+        found.map_err(|source| KernelError::Refused {
+            operation: "find the route to",
+            subject: to.to_string(),
+            source,
         })
     }
 
@@ -182,7 +230,7 @@ impl Kernel for Netlink {
 
 impl Worker {
     fn work<'a>(&'a mut self, namespaces: &'a Namespaces) -> Work<'a> {
-        let Self { socket, deleters, vtep } = self;
-        Work { socket, deleters, vtep, namespaces, outcome: Outcome::default() }
+        let Self { socket, rules, deleters, vtep } = self;
+        Work { socket, rules, deleters, vtep, namespaces, outcome: Outcome::default() }
     }
 }

@@ -77,6 +77,8 @@ pub async fn run(config: Config) -> Result<()> {
         });
     }
     let (inbox, waiting) = inbox();
+    let (_guard, guard) = watch::channel(weft_model::firewall::Guard::Ours);
+    let touched = futures::stream::pending();
     let mut cell = Cell::new(config.cell());
     cell.replay(records);
     let task = Task {
@@ -86,12 +88,13 @@ pub async fn run(config: Config) -> Result<()> {
         waiting,
         inbox: inbox.clone(),
         overlay: leases.clone(),
-        underlay_device: config.vxlan_interface_name.clone(),
+        underlay: config.underlay(),
+        guard,
         metrics,
     };
     let started = task.start().await?;
     info!(underlay = %config.underlay_ip, version = env!("CARGO_PKG_VERSION"), "started");
-    tokio::spawn(started.run(events));
+    tokio::spawn(started.run(events, touched));
     tokio::spawn(http::serve(health_listener, move || health(&leases), Arc::new(registry)));
     let stream = LeaseStream {
         cell: who,

@@ -23,10 +23,12 @@ use tonic::transport::{Channel, Endpoint};
 use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::cell::Wanted;
 use weft_model::container::Handle;
+use weft_model::firewall::explain::Explanation;
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 use weft_node::api::{ApiError, Socket};
 use weft_node::calls::Calls;
+use weft_node::inbox::Question;
 use weft_proto::node::containers_client::ContainersClient;
 use weft_proto::node::{AddRequest, DeleteRequest, StatusRequest, StatusResponse};
 use weft_proto::status::reason_of;
@@ -56,6 +58,11 @@ impl Calls for Counted {
     async fn delete(&self, _: Handle, _: DeviceName) -> Result<(), Reason> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    async fn explain(&self, question: Question) -> Result<Explanation, Reason> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Err(Reason::UnknownContainer { handle: format!("{:?}", question.from) })
     }
 
     async fn status(&self) -> StatusResponse {

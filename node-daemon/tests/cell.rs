@@ -3,7 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::Arc;
@@ -13,27 +15,32 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, unshare};
 use prometheus_client::registry::Registry;
 use tempfile::TempDir;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use weft_model::address::{DeviceName, UnderlayAddr};
-use weft_model::cell::{Cell, Outcome, Seen, Step, UnderlayDevice};
+use weft_model::cell::{Cell, Key, Outcome, Scope, Seen, Step, UnderlayDevice};
+use weft_model::firewall::Guard;
+use weft_model::firewall::explain::Route;
 use weft_model::keeper::Keeper;
 use weft_model::lease::{self, Holder, Lease, Peers};
 use weft_model::reason::Reason;
 use weft_model::subnet::SubnetKind;
 use weft_model::walk;
 use weft_node::calls::Calls;
-use weft_node::cell::Task;
+use weft_node::cell::{Task, Underlay};
 use weft_node::inbox::{Inbox, inbox};
 use weft_node::journal::Journal;
 use weft_node::kernel::{Kernel, KernelError, Namespaces, Netlink};
 use weft_node::metrics::Metrics;
 use weft_node::overlay::Overlay;
 
-/// The real kernel, but for one change: counted over all steps, the one with this number is not carried out.
+/// The real kernel, but for one change: counted over all steps, the one with this number is not carried out. And the part
+/// of the firewall that is the one of a number when it is first met is refused from then on.
 struct Failing {
     kernel: Netlink,
     changes: Arc<AtomicUsize>,
     fails: Arc<AtomicUsize>,
+    refuses: Arc<AtomicUsize>,
+    refused: Option<Key>,
 }
 
 const NEVER: usize = usize::MAX;
@@ -49,6 +56,17 @@ impl Kernel for Failing {
                 !fails
             });
         }
+        let firewall = &mut rest.firewall.changes;
+        match self.refuses.load(Ordering::Relaxed) {
+            NEVER => self.refused = None,
+            n => {
+                self.refused =
+                    self.refused.take().or_else(|| firewall.get(n).map(|change| change.key.clone()))
+            }
+        }
+        if let Some(at) = firewall.iter().position(|change| Some(&change.key) == self.refused.as_ref()) {
+            failed = Some(firewall.remove(at).key);
+        }
         let mut outcome = self.kernel.apply(&rest, namespaces).await;
         outcome.failed.extend(failed.map(|key| {
             let subject = key.to_string();
@@ -57,8 +75,16 @@ impl Kernel for Failing {
         outcome
     }
 
-    async fn see(&mut self) -> Result<Seen, KernelError> {
-        self.kernel.see().await
+    async fn see(&mut self, scope: Scope) -> Result<Seen, KernelError> {
+        self.kernel.see(scope).await
+    }
+
+    async fn devices_of(&mut self, addrs: &[Ipv4Addr]) -> Result<BTreeSet<DeviceName>, KernelError> {
+        self.kernel.devices_of(addrs).await
+    }
+
+    async fn route(&mut self, to: Ipv4Addr) -> Result<Route, KernelError> {
+        self.kernel.route(to).await
     }
 
     async fn underlay(
@@ -73,8 +99,11 @@ impl Kernel for Failing {
 struct World {
     inbox: Inbox,
     overlay: watch::Sender<Overlay>,
+    guard: watch::Sender<Guard>,
+    touched: mpsc::UnboundedSender<()>,
     changes: Arc<AtomicUsize>,
     fails: Arc<AtomicUsize>,
+    refuses: Arc<AtomicUsize>,
     directory: TempDir,
 }
 
@@ -97,7 +126,14 @@ impl World {
         ip("link set uplink up");
         let (changes, fails) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(NEVER)));
         let kernel = Netlink::open("silk-vtep".parse().unwrap()).unwrap();
-        let kernel = Failing { kernel, changes: Arc::clone(&changes), fails: Arc::clone(&fails) };
+        let refuses = Arc::new(AtomicUsize::new(NEVER));
+        let kernel = Failing {
+            kernel,
+            changes: Arc::clone(&changes),
+            fails: Arc::clone(&fails),
+            refuses: Arc::clone(&refuses),
+            refused: None,
+        };
         let holder = Holder { cell_id: "cell".into(), boot_id: "boot".into() };
         let who = lease::Cell { underlay: walk::underlay(100), holder, wants: SubnetKind::Block };
         let mut overlay = Overlay::new(Instant::now(), Keeper::start(who, None).view());
@@ -106,6 +142,7 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let (journal, records) = Journal::open(directory.path(), "boot").unwrap();
         let (inbox, waiting) = inbox();
+        let (guard, guarded) = watch::channel(Guard::Ours);
         let mut cell = Cell::new(walk::start(0).inputs().config.clone());
         cell.replay(records);
         let metrics = Arc::new(Metrics::new(&mut Registry::default()));
@@ -116,12 +153,17 @@ impl World {
             waiting,
             inbox: inbox.clone(),
             overlay: leases,
-            underlay_device: None,
+            underlay: Underlay { addresses: vec![walk::underlay(100).get()], ..Underlay::default() },
+            guard: guarded,
             metrics,
         };
         let started = task.start().await.unwrap();
-        tokio::spawn(started.run(futures::stream::pending()));
-        Self { inbox, overlay, changes, fails, directory }
+        let (touched, touches) = mpsc::unbounded_channel();
+        let touches = futures::stream::unfold(touches, async |mut touches| {
+            touches.recv().await.map(|()| ((), touches))
+        });
+        tokio::spawn(started.run(futures::stream::pending(), touches));
+        Self { inbox, overlay, guard, touched, changes, fails, refuses, directory }
     }
 
     async fn add(&self, n: u8, namespace: OwnedFd) -> Result<std::net::Ipv4Addr, Reason> {
@@ -194,6 +236,99 @@ fn whichever_change_of_an_add_fails_nothing_is_left_and_the_next_one_works() {
         world.add(1, namespace()).await.unwrap();
         assert_eq!(links(), 1);
     });
+}
+
+/// The program is a whole: what cannot do without the part that was refused is refused with it.
+#[test]
+fn whichever_part_of_the_firewall_is_refused_nothing_is_left_and_the_next_add_works() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let before = table();
+        let mut refused = 0;
+        loop {
+            world.refuses.store(refused, Ordering::Relaxed);
+            let added = world.add(1, namespace()).await;
+            world.refuses.store(NEVER, Ordering::Relaxed);
+            let Err(reason) = added else { break };
+            assert!(matches!(reason, Reason::Kernel { .. }), "{reason}");
+            world.empty().await;
+            assert_eq!(table(), before, "part {refused}");
+            refused += 1;
+        }
+        assert_eq!(refused, 8, "three chains, and five elements that lead to them");
+        assert_ne!(table(), before);
+    });
+}
+
+/// dataplane.md, "Whose rules": what somebody else does to our table does not last.
+#[test]
+fn a_table_that_somebody_changed_is_repaired_and_the_next_add_works() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let kept = namespace();
+        world.add(1, kept.try_clone().unwrap()).await.unwrap();
+        let before = table();
+        for command in [
+            "delete table inet weft",
+            "flush ruleset",
+            "flush chain inet weft egress",
+            "flush map inet weft sources",
+            "add rule inet weft forward accept",
+            "insert rule inet weft forward accept",
+            "add chain inet weft intruder",
+            "add element inet weft leased { 10.0.0.77 }",
+            "delete element inet weft metadata { 169.254.169.254 }",
+            "add set inet weft intruder { type ipv4_addr ; flags interval ; }",
+        ] {
+            nft(command);
+            // Whether it is told of it ...
+            world.touched.send(()).unwrap();
+            wait_for(|| table() == before, command).await;
+            nft(command);
+            // ... or finds out when it changes something.
+            world.add(2, namespace()).await.unwrap();
+            world.delete(2).await.unwrap();
+            world.touched.send(()).unwrap();
+            wait_for(|| table() == before, command).await;
+        }
+    });
+}
+
+/// dataplane.md, "To the cell": who rejects is changed in place.
+#[test]
+fn the_guard_changes_one_chain() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let chain = || nft("list chain inet weft refused-by-cell");
+        assert!(chain().contains("reject"), "{}", chain());
+        world.guard.send(Guard::Iptables).unwrap();
+        wait_for(|| chain().contains("mark set 0x01000000"), "the chain marks").await;
+        world.guard.send(Guard::Ours).unwrap();
+        wait_for(|| chain().contains("reject"), "the chain rejects").await;
+    });
+}
+
+fn nft(command: &str) -> String {
+    let output = Command::new("nft").args(command.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "nft {command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Our table without what counts, its elements in order. Empty if it is not there.
+fn table() -> String {
+    let output = Command::new("nft").args(["-s", "list", "table", "inet", "weft"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut words: Vec<&str> = text.split([',', '\n']).map(str::trim).collect();
+    words.sort_unstable();
+    words.join("\n")
+}
+
+async fn wait_for(done: impl Fn() -> bool, what: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "not in time: {what}\n{}", nft("list ruleset"));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use weft_model::address::OverlayAddr;
 use weft_model::cell::unit::plan;
-use weft_model::cell::{Belief, Cell, Drift, Key, Presence, Seen};
+use weft_model::cell::{Belief, Cell, Drift, Key, Presence, Scope, Seen};
 use weft_model::container::Handle;
 use weft_model::walk::{self, Accident, Move};
 use weft_node::kernel::{Kernel, Namespaces, Netlink};
@@ -30,6 +30,11 @@ fn namespace() -> OwnedFd {
 
 fn ip(arguments: &str) -> bool {
     let output = Command::new("ip").args(arguments.split_whitespace()).output().expect("run ip (iproute2)");
+    output.status.success()
+}
+
+fn nft(arguments: &str) -> bool {
+    let output = Command::new("nft").args(arguments.split_whitespace()).output().expect("run nft (nftables)");
     output.status.success()
 }
 
@@ -95,13 +100,19 @@ impl Walker {
     }
 
     async fn see(&mut self) -> Seen {
-        self.kernel.see().await.expect("see")
+        let mut seen = Seen::new();
+        for scope in Scope::ALL {
+            seen.extend(self.kernel.see(scope).await.expect("see"));
+        }
+        seen
     }
 
     async fn audit(&mut self) {
-        let seen = self.see().await;
-        let drift = self.cell.audit(seen);
-        assert!(!drift.contains(&Drift::Bug), "wanted has drifted from the plan");
+        for scope in Scope::ALL {
+            let seen = self.kernel.see(scope).await.expect("see");
+            let drift = self.cell.audit(scope, seen);
+            assert!(!drift.contains(&Drift::Bug), "wanted has drifted from the plan");
+        }
     }
 
     /// Damage that finds nothing to damage is no accident, so the answers of `ip` do not matter.
@@ -133,6 +144,17 @@ impl Walker {
                     };
                 }
             }
+            Accident::TableDeleted => drop(nft("delete table inet weft")),
+            Accident::FirewallDamaged(n) => drop(nft(match n % 8 {
+                0 => "flush chain inet weft egress",
+                1 => "flush map inet weft sources",
+                2 => "add rule inet weft forward accept",
+                3 => "add chain inet weft intruder",
+                4 => "add element inet weft leased { 10.0.0.77 }",
+                5 => "flush set inet weft metadata",
+                6 => "add set inet weft intruder { type ipv4_addr ; flags timeout ; }",
+                _ => "flush ruleset",
+            })),
             Accident::LinkGone(n) => {
                 if let Some((handle, addr, _)) = link(*n) {
                     self.end_namespace(&handle, addr).await;

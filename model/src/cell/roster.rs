@@ -4,6 +4,7 @@
 //! roster, the order of free addresses included.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -11,12 +12,15 @@ use serde::{Deserialize, Serialize};
 use crate::address::OverlayAddr;
 use crate::container::{Container, Handle};
 use crate::ipam::Ipam;
+use crate::profile::{Digest, Known};
 use crate::subnet::OverlaySubnet;
 
 /// One change of the roster: what the journal holds, line by line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Record {
+    /// Containers will have this profile. It is forgotten with the last of them.
+    Profile(Arc<Known>),
     /// The container is wanted, and holds its address.
     Present(Arc<Container>),
     /// The container is wanted no more; its link may still be there, so name and address stay taken.
@@ -44,14 +48,26 @@ pub struct Roster {
     /// Freed since the journal began, oldest first: the tail of the queue of free addresses.
     freed: Vec<OverlayAddr>,
     ipam: Ipam,
+    /// With the number of containers that have it.
+    profiles: BTreeMap<Digest, (Arc<Known>, usize)>,
+    /// Who has a port of the cell.
+    ports: BTreeMap<NonZeroU16, Handle>,
 }
 
 impl Roster {
     /// Records that do not fit, such as the end of a container that is not there, change nothing.
     pub fn apply(&mut self, record: &Record) {
         match record {
+            Record::Profile(known) => {
+                self.profiles.entry(known.digest()).or_insert_with(|| (Arc::clone(known), 0));
+            }
             Record::Present(container) => {
                 if !self.containers.contains_key(&container.handle) && self.ipam.take(container.addr) {
+                    if let Some((_, users)) = container.profile.and_then(|d| self.profiles.get_mut(&d)) {
+                        *users += 1;
+                    }
+                    let ports = container.ports.iter().map(|mapping| mapping.host);
+                    self.ports.extend(ports.map(|port| (port, container.handle.clone())));
                     self.freed.retain(|addr| *addr != container.addr);
                     self.by_addr.insert(container.addr, container.handle.clone());
                     self.containers
@@ -64,8 +80,11 @@ impl Roster {
                 }
             }
             Record::Resting(addr) => {
-                if let Some(handle) = self.by_addr.remove(addr) {
-                    self.containers.remove(&handle);
+                if let Some(handle) = self.by_addr.remove(addr)
+                    && let Some((container, _)) = self.containers.remove(&handle)
+                {
+                    self.ports.retain(|_, holder| *holder != handle);
+                    self.leave_profile(container.profile);
                 }
                 self.ipam.take(*addr);
                 self.resting.insert(*addr);
@@ -80,6 +99,29 @@ impl Roster {
                 }
             }
         }
+    }
+
+    fn leave_profile(&mut self, digest: Option<Digest>) {
+        let Some(digest) = digest else { return };
+        if let Some((_, users)) = self.profiles.get_mut(&digest) {
+            *users = users.saturating_sub(1);
+            if *users == 0 {
+                self.profiles.remove(&digest);
+            }
+        }
+    }
+
+    pub fn profile(&self, digest: Digest) -> Option<&Arc<Known>> {
+        self.profiles.get(&digest).map(|(known, _)| known)
+    }
+
+    pub fn profiles(&self) -> impl Iterator<Item = &Arc<Known>> {
+        self.profiles.values().map(|(known, _)| known)
+    }
+
+    /// The container that has a port of the cell.
+    pub fn with_port(&self, port: NonZeroU16) -> Option<&Handle> {
+        self.ports.get(&port)
     }
 
     /// The subnet whose addresses containers get. Those of an earlier one stay with their containers.
@@ -98,7 +140,8 @@ impl Roster {
             let left = (*presence == Presence::Leaving).then(|| Record::Leaving(container.handle.clone()));
             [Some(Record::Present(Arc::clone(container))), left].into_iter().flatten()
         });
-        freed.chain(resting).chain(containers)
+        let profiles = self.profiles.values().map(|(known, _)| Record::Profile(Arc::clone(known)));
+        freed.chain(resting).chain(profiles).chain(containers)
     }
 
     pub fn get(&self, handle: &Handle) -> Option<(&Arc<Container>, Presence)> {

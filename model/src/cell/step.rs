@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 
 use crate::address::{DeviceName, HardwareAddr, OverlayAddr, UnderlayAddr};
+use crate::firewall::{Content, Part, is_leased};
 use crate::link::LinkSpec;
 use crate::reason::Reason;
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
@@ -20,6 +21,23 @@ pub enum Key {
     Link(OverlayAddr),
     /// Something on our VTEP that belongs to no peer. Seen, never wanted.
     Stray(Stray),
+    /// A part of the firewall's program.
+    Firewall(Part),
+}
+
+impl Key {
+    pub fn is_firewall(&self) -> bool {
+        matches!(self, Self::Firewall(_))
+    }
+
+    /// Whether it depends on the lease table. While that is not known, what is there stays as it is.
+    pub fn is_overlay(&self) -> bool {
+        match self {
+            Self::Vtep | Self::Peer(_) | Self::Stray(_) => true,
+            Self::Link(_) => false,
+            Self::Firewall(part) => is_leased(part),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -38,6 +56,7 @@ pub enum Object {
     Vtep(VtepSpec),
     Peer(PeerSpec),
     Link(LinkSpec),
+    Firewall(Content),
 }
 
 /// The VXLAN device: VNI 1, group-based policy on, learning off, up, with the subnet's first address on it.
@@ -92,21 +111,31 @@ pub struct Change {
     pub will: Option<Object>,
 }
 
-/// The changes of one wave, in order: what is laid before what is taken away, so that no change of one cell's
-/// lease takes a working route from another.
+/// The changes of one wave, in order. The firewall comes first and changes at once: a new link finds its rules, and a
+/// link that goes has lost them. Of all others, what is laid comes before what is taken away, so that no change of one
+/// cell's lease takes a working route from another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Step {
+    pub firewall: Firewall,
     pub lay: Vec<Change>,
     pub remove: Vec<Change>,
 }
 
+/// One transaction: all of it happens, or nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Firewall {
+    /// The table is replaced by what the changes create: something in it is not known, or cannot be changed in place.
+    pub anew: bool,
+    pub changes: Vec<Change>,
+}
+
 impl Step {
     pub fn is_empty(&self) -> bool {
-        self.lay.is_empty() && self.remove.is_empty()
+        self.changes().next().is_none()
     }
 
     pub fn changes(&self) -> impl Iterator<Item = &Change> {
-        self.lay.iter().chain(&self.remove)
+        self.firewall.changes.iter().chain(&self.lay).chain(&self.remove)
     }
 }
 
@@ -125,6 +154,7 @@ impl fmt::Display for Key {
             Self::Stray(Stray::Route { dst, gateway }) => write!(f, "stray route {dst} via {gateway}"),
             Self::Stray(Stray::Neighbour(addr)) => write!(f, "stray neighbour {addr}"),
             Self::Stray(Stray::Forward(mac)) => write!(f, "stray forwarding entry {mac}"),
+            Self::Firewall(part) => part.fmt(f),
         }
     }
 }

@@ -3,14 +3,16 @@
 //! A unit is the smallest thing whose objects are planned together. Every object belongs to exactly one unit, so an
 //! edit replans only the units it touches; [`plan`] from the whole inputs is the specification of the same result.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::address::{DeviceName, UnderlayAddr};
 use crate::cell::roster::{Presence, Roster};
 use crate::cell::step::{Key, Object, PeerSpec, VtepSpec};
 use crate::container::Handle;
+use crate::firewall::{Base, Guard, Limit, Planned, base, leased, limit, limits_of, member, profile};
 use crate::lease::Lease;
 use crate::link::LinkSpec;
+use crate::profile::Digest;
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
 
 /// Bytes that VXLAN over IPv4 puts around an inner IP packet: inner Ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348).
@@ -25,6 +27,11 @@ pub struct CellConfig {
     pub overlay: OverlayNetwork,
     /// Bytes of the largest inner packet, if not the underlay's MTU less [`VXLAN_OVERHEAD`].
     pub mtu: Option<u32>,
+    /// Whether containers reach each other only where a policy lets them; if not, all reach all
+    /// (`disable_container_network_policy`).
+    pub policy: bool,
+    /// The NFLOG group of the traffic log.
+    pub log_group: u16,
 }
 
 /// The device that owns the underlay address.
@@ -42,6 +49,11 @@ pub struct Inputs {
     pub lease: Option<Lease>,
     /// Other cells' leases by subnet: no two have the same.
     pub peers: BTreeMap<OverlaySubnet, Lease>,
+    /// The cells that hold them.
+    pub leased: BTreeSet<UnderlayAddr>,
+    /// Devices that lead to the world: containers send on no other.
+    pub ways: BTreeSet<DeviceName>,
+    pub guard: Guard,
     pub roster: Roster,
 }
 
@@ -60,55 +72,100 @@ impl Inputs {
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Unit {
+    /// The chains that every packet meets.
+    Base,
     Vtep,
     Peer(OverlaySubnet),
+    /// A cell whose frames are taken.
+    Leased(UnderlayAddr),
+    /// The chains of all containers with this profile.
+    Profile(Digest),
+    Limit(Limit),
     Container(Handle),
 }
 
 /// Total and pure: a unit whose input is gone plans nothing.
-pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Option<(Key, Object)> {
+pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
     match unit {
-        Unit::Vtep => {
-            let (lease, device) = (inputs.lease?, inputs.device?);
-            let spec = VtepSpec {
-                name: inputs.config.vtep_name.clone(),
-                port: inputs.config.vtep_port,
-                local: inputs.config.underlay,
-                device: device.index,
-                mac: lease.hardware_addr(),
-                mtu: inputs.mtu()?,
-                addr: lease.subnet.gateway(),
-                overlay: inputs.config.overlay,
-            };
-            Some((Key::Vtep, Object::Vtep(spec)))
+        Unit::Base => {
+            let Inputs { config, ways, guard, .. } = inputs;
+            firewall(base(&Base { config, ways, guard: *guard }))
         }
-        Unit::Peer(subnet) => {
-            let (own, peer) = (inputs.lease?, inputs.peers.get(subnet)?);
-            let spec = PeerSpec {
-                subnet: *subnet,
-                underlay: peer.underlay,
-                mac: peer.hardware_addr(),
-                source: own.subnet.gateway(),
-            };
-            // A subnet outside our overlay could take anybody's traffic; one that overlaps ours would take ours.
-            let routable = inputs.config.overlay.contains(*subnet) && !subnet.overlaps(own.subnet);
-            (routable && inputs.device.is_some()).then_some((Key::Peer(*subnet), Object::Peer(spec)))
+        Unit::Vtep => vtep(inputs).into_iter().collect(),
+        Unit::Peer(subnet) => peer(*subnet, inputs).into_iter().collect(),
+        Unit::Leased(underlay) => {
+            let known = inputs.lease.is_some() && inputs.leased.contains(underlay);
+            firewall(if known { leased(*underlay) } else { Vec::new() })
         }
-        Unit::Container(handle) => {
-            let (container, presence) = inputs.roster.get(handle)?;
-            (presence == Presence::Present)
-                .then(|| (Key::Link(container.addr), Object::Link(LinkSpec::of(container))))
+        Unit::Profile(digest) => match inputs.roster.profile(*digest) {
+            Some(known) => {
+                let Inputs { config, .. } = inputs;
+                firewall(profile(*digest, known.profile(), known.layers(), config.overlay, config.log_group))
+            }
+            None => Vec::new(),
+        },
+        Unit::Limit(of) => {
+            let used = inputs.roster.profiles().any(|known| limits_of(known.profile()).contains(of));
+            firewall(if used { limit(*of, inputs.config.log_group) } else { Vec::new() })
         }
+        Unit::Container(handle) => match inputs.roster.get(handle) {
+            Some((container, Presence::Present)) => {
+                let known = container.profile.and_then(|digest| inputs.roster.profile(digest));
+                let mut planned = firewall(member(container, known.map(|known| known.profile())));
+                planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
+                planned
+            }
+            _ => Vec::new(),
+        },
     }
+}
+
+fn firewall(planned: Planned) -> Vec<(Key, Object)> {
+    planned.into_iter().map(|(part, content)| (Key::Firewall(part), Object::Firewall(content))).collect()
+}
+
+fn vtep(inputs: &Inputs) -> Option<(Key, Object)> {
+    let (lease, device) = (inputs.lease?, inputs.device?);
+    let spec = VtepSpec {
+        name: inputs.config.vtep_name.clone(),
+        port: inputs.config.vtep_port,
+        local: inputs.config.underlay,
+        device: device.index,
+        mac: lease.hardware_addr(),
+        mtu: inputs.mtu()?,
+        addr: lease.subnet.gateway(),
+        overlay: inputs.config.overlay,
+    };
+    Some((Key::Vtep, Object::Vtep(spec)))
+}
+
+fn peer(subnet: OverlaySubnet, inputs: &Inputs) -> Option<(Key, Object)> {
+    let (own, peer) = (inputs.lease?, inputs.peers.get(&subnet)?);
+    let spec =
+        PeerSpec { subnet, underlay: peer.underlay, mac: peer.hardware_addr(), source: own.subnet.gateway() };
+    // A subnet outside our overlay could take anybody's traffic; one that overlaps ours would take ours.
+    let routable = inputs.config.overlay.contains(subnet) && !subnet.overlaps(own.subnet);
+    (routable && inputs.device.is_some()).then_some((Key::Peer(subnet), Object::Peer(spec)))
 }
 
 pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
     let peers = inputs.peers.keys().map(|subnet| Unit::Peer(*subnet));
+    let leased = inputs.leased.iter().map(|underlay| Unit::Leased(*underlay));
+    let profiles = inputs.roster.profiles().map(|known| Unit::Profile(known.digest()));
+    let limits: BTreeSet<Limit> =
+        inputs.roster.profiles().flat_map(|known| limits_of(known.profile())).collect();
+    let limits = limits.into_iter().map(Unit::Limit);
     let containers = inputs.roster.iter().map(|(container, _)| Unit::Container(container.handle.clone()));
-    std::iter::once(Unit::Vtep).chain(peers).chain(containers)
+    [Unit::Base, Unit::Vtep]
+        .into_iter()
+        .chain(peers)
+        .chain(leased)
+        .chain(profiles)
+        .chain(limits)
+        .chain(containers)
 }
 
 /// The specification of what the kernel has to hold. Tests and the audit compare with it; no call waits for it.
 pub fn plan(inputs: &Inputs) -> BTreeMap<Key, Object> {
-    units(inputs).filter_map(|unit| plan_unit(&unit, inputs)).collect()
+    units(inputs).flat_map(|unit| plan_unit(&unit, inputs)).collect()
 }

@@ -16,12 +16,14 @@ use weft_model::subnet::OverlaySubnet;
 use super::delete::Deleters;
 use super::dump::{self, Device, RouteSocket};
 use super::message::{self, Request};
+use super::rules::RulesSocket;
 use super::socket::Refusal;
 use super::{Namespaces, sysctl};
 
 /// One step on its way through the kernel.
 pub(super) struct Work<'a> {
     pub(super) socket: &'a mut RouteSocket,
+    pub(super) rules: &'a mut RulesSocket,
     pub(super) deleters: &'a Deleters,
     pub(super) vtep: &'a DeviceName,
     pub(super) namespaces: &'a Namespaces,
@@ -41,6 +43,8 @@ struct Laid {
 
 impl Work<'_> {
     pub(super) fn carry_out(mut self, step: &Step) -> Outcome {
+        // First: a new link finds its rules, and one that goes has lost them.
+        self.outcome.failed.extend(self.rules.carry_out(&step.firewall));
         self.clear_the_way(step);
         for change in step.changes() {
             if let Some(Object::Vtep(spec)) = &change.will {

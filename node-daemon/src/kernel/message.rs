@@ -16,7 +16,9 @@ use netlink_packet_route::link::{
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
-use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
 use nix::libc::{EADDRNOTAVAIL, EAFNOSUPPORT, ENODEV, ENOENT, ESRCH};
 use rtnetlink::{LinkVxlan, RouteMessageBuilder};
 use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
@@ -229,6 +231,15 @@ pub(super) fn delete_route(subnet: OverlaySubnet, gateway: Ipv4Addr, metric: u32
         .kind(RouteType::Unspec)
         .priority(metric);
     deletion("delete the route of", Rtnl::DelRoute(route.build()))
+}
+
+/// Asks for the route that a packet would take.
+pub(super) fn get_route(to: Ipv4Addr) -> Rtnl {
+    let mut message = RouteMessage::default();
+    message.header.address_family = AddressFamily::Inet;
+    message.header.destination_prefix_length = 32;
+    message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(to)));
+    Rtnl::GetRoute(message)
 }
 
 pub(super) fn delete_neighbour(addr: Ipv4Addr, vtep: u32) -> Request {

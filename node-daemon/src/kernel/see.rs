@@ -6,17 +6,21 @@ use std::io;
 use std::net::Ipv4Addr;
 
 use ipnetwork::Ipv4Network;
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressScope;
 use netlink_packet_route::link::{InfoVxlan, LinkFlags};
+use netlink_packet_route::route::{RouteAttribute, RouteType};
+use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
 use weft_model::address::{DeviceName, HardwareAddr, OverlayAddr, UnderlayAddr};
 use weft_model::cell::{Belief, Key, Object, PeerSpec, Seen, Stray, UnderlayDevice, VtepSpec};
+use weft_model::firewall::explain::Route as Leads;
 use weft_model::link::{self, GATEWAY, LinkSpec, host_name};
 use weft_model::subnet::OverlayNetwork;
 
 use super::dump::{
     Address, Device, Neighbour, Route, RouteSocket, addresses, forwards, links, neighbours, routes,
 };
-use super::message::VNI;
+use super::message::{self, VNI};
 
 /// Links, addresses and neighbours of a network namespace.
 #[derive(Debug)]
@@ -40,6 +44,35 @@ pub(super) fn see(socket: &mut RouteSocket, vtep: &DeviceName) -> io::Result<See
         tables.peers(device, &routes, &forwards, &mut seen);
     }
     Ok(seen)
+}
+
+/// The devices that have these addresses.
+pub(super) fn devices_of(socket: &mut RouteSocket, addrs: &[Ipv4Addr]) -> io::Result<BTreeSet<DeviceName>> {
+    let owners: BTreeSet<u32> =
+        addresses(socket)?.into_iter().filter(|a| addrs.contains(&a.local)).map(|a| a.index).collect();
+    let owning = links(socket)?.into_iter().filter(|device| owners.contains(&device.index));
+    Ok(owning.filter_map(|device| device.name.parse().ok()).collect())
+}
+
+/// Where the cell's routes lead an address.
+pub(super) fn route(socket: &mut RouteSocket, to: Ipv4Addr) -> io::Result<Leads> {
+    let message = match socket.get(message::get_route(to))? {
+        Ok(message) => message,
+        Err(refusal) if [ENETUNREACH, EHOSTUNREACH, EACCES, EINVAL].contains(&refusal.errno) => {
+            return Ok(Leads::Nowhere);
+        }
+        Err(refusal) => return Err(refusal.into()),
+    };
+    let RouteNetlinkMessage::NewRoute(route) = message else { return Ok(Leads::Nowhere) };
+    if route.header.kind == RouteType::Local {
+        return Ok(Leads::Cell);
+    }
+    let index = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    });
+    let device = links(socket)?.into_iter().find(|device| Some(device.index) == index);
+    Ok(device.and_then(|device| device.name.parse().ok()).map_or(Leads::Nowhere, Leads::Device))
 }
 
 /// The container address in the name of a link's cell end.

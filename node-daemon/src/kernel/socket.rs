@@ -67,19 +67,25 @@ enum Received<M> {
     Answer(NetlinkHeader, Result<(), Refusal>),
 }
 
+/// A socket that says why it refuses something, with room for many messages.
+pub(super) fn open(protocol: isize, groups: u32) -> io::Result<Socket> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind(&SocketAddr::new(0, groups))?;
+    socket.set_ext_ack(true)?;
+    socket.set_cap_ack(true)?;
+    setsockopt(&socket, sockopt::SndBufForce, &BUFFER)?;
+    setsockopt(&socket, sockopt::RcvBufForce, &BUFFER)?;
+    // The kernel answers before `send` returns; waiting longer means a bug, and must not hang the cell.
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(10, 0))?;
+    Ok(socket)
+}
+
 impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
     /// `groups`: notifications to receive, as a mask (linux/rtnetlink.h, RTMGRP_*).
     pub(super) fn open(protocol: isize, groups: u32) -> io::Result<Self> {
-        let mut socket = Socket::new(protocol)?;
-        socket.bind(&SocketAddr::new(0, groups))?;
-        socket.set_ext_ack(true)?;
-        socket.set_cap_ack(true)?;
+        let socket = open(protocol, groups)?;
         // Dumps can be restricted to one device, and one that is asked for in a wrong way fails.
         socket.set_netlink_get_strict_chk(true)?;
-        setsockopt(&socket, sockopt::SndBufForce, &BUFFER)?;
-        setsockopt(&socket, sockopt::RcvBufForce, &BUFFER)?;
-        // The kernel answers before `send` returns; waiting longer means a bug, and must not hang the cell.
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(10, 0))?;
         Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(READ), speaks: PhantomData })
     }
 

@@ -182,5 +182,5 @@ async fn a_link_that_is_gone_is_announced_by_its_address() {
     while next(&mut events, "namespace gone").await != Event::LinkGone(addr("10.255.66.2")) {}
     assert_eq!(cell.see().await, held([]));
     let gone = Change { key: Key::Link(addr("10.255.66.2")), was: Some(Belief::Unknown), will: None };
-    cell.apply(&Step { lay: Vec::new(), remove: vec![gone] }, &Namespaces::new()).await;
+    cell.apply(&Step { remove: vec![gone], ..Step::default() }, &Namespaces::new()).await;
 }

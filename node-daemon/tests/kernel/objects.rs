@@ -154,8 +154,8 @@ async fn somebody_elses_device_is_left_alone() {
     cell.space.run("ip link add silk-vtep type bridge");
     let step = lay([(Object::Vtep(cell.vtep.clone()), None)]);
     let remove = Step {
-        lay: Vec::new(),
         remove: vec![Change { key: Key::Vtep, was: Some(Belief::Unknown), will: None }],
+        ..Step::default()
     };
     for step in [step, remove] {
         let outcome = cell.kernel.apply(&step, &Namespaces::new()).await;

@@ -10,7 +10,7 @@ use std::thread;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use weft_model::address::OverlayAddr;
-use weft_model::cell::{Belief, Change, Key, Object, PeerSpec, Seen, Step, VtepSpec};
+use weft_model::cell::{Belief, Change, Key, Object, PeerSpec, Scope, Seen, Step, VtepSpec};
 use weft_model::link::LinkSpec;
 use weft_node::kernel::{Kernel, Namespaces, Netlink, inside};
 
@@ -123,7 +123,7 @@ impl Cell {
     }
 
     pub(crate) async fn see(&mut self) -> Seen {
-        self.kernel.see().await.expect("seen")
+        self.kernel.see(Scope::Links).await.expect("seen")
     }
 }
 
@@ -145,19 +145,20 @@ pub(crate) fn key(object: &Object) -> Key {
         Object::Vtep(_) => Key::Vtep,
         Object::Peer(spec) => Key::Peer(spec.subnet),
         Object::Link(spec) => Key::Link(spec.addr),
+        Object::Firewall(_) => panic!("the firewall's parts have names of their own"),
     }
 }
 
 pub(crate) fn lay(objects: impl IntoIterator<Item = (Object, Option<Belief>)>) -> Step {
     let change = |(object, was)| Change { key: key(&object), was, will: Some(object) };
-    Step { lay: objects.into_iter().map(change).collect(), remove: Vec::new() }
+    Step { lay: objects.into_iter().map(change).collect(), ..Step::default() }
 }
 
 /// What a step has to take away of what is seen.
 pub(crate) fn remove(seen: &Seen) -> Step {
     let change =
         |(key, was): (&Key, &Belief)| Change { key: key.clone(), was: Some(was.clone()), will: None };
-    Step { lay: Vec::new(), remove: seen.iter().rev().map(change).collect() }
+    Step { remove: seen.iter().rev().map(change).collect(), ..Step::default() }
 }
 
 pub(crate) fn held(objects: impl IntoIterator<Item = Object>) -> Seen {

@@ -1,0 +1,142 @@
+//! The firewall: what the cell's nf_tables program is, as a function of the cell's inputs. docs/dataplane.md is the same
+//! in prose, one paragraph per class of traffic.
+//!
+//! ```text
+//!  base      the chains that every packet of a container meets, and the maps that lead on from there
+//!  profile   what containers may send: one set of chains for all that have the same profile
+//!  limits    dynamic sets that count: connections, log lines
+//!  member    one container's elements in the maps
+//!  layers    security groups' rules as sets the kernel can hold
+//!  explain   which rule decides on a packet, and whose it is
+//! ```
+//! **Absence denies**: an address without an element neither sends nor is reached.
+
+mod base;
+mod draft;
+pub mod explain;
+mod layers;
+mod limits;
+mod member;
+mod profile;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
+
+pub use base::{Base, base};
+pub use limits::{Limit, Lines, limit, limits_of};
+pub use member::{is_leased, leased, member};
+pub use profile::{Layers, profile};
+
+/// The only table that is ours. Nothing else is touched.
+pub const TABLE: &str = "weft";
+
+/// Set in the mark of every packet that the program lets through, for the rule at the end of `filter/FORWARD`.
+pub const ALLOWED: u32 = 0x0200_0000;
+/// The mark of a packet to the cell itself that the rule at the end of `filter/INPUT` rejects, unless an operator's
+/// own rule accepted it before. It is compared with [`REFUSED_MASK`].
+pub const REFUSED: u32 = 0x0100_0000;
+pub const REFUSED_MASK: u32 = 0xff00_0000;
+/// The mark of the first packet of a connection that came to a mapped port from the underlay (silk's `ingress_tag`).
+pub const INGRESS: u32 = 0xffff_0000;
+/// The mark of such a connection. No [`Digest::mark`](crate::profile::Digest::mark) has this bit.
+pub const INGRESS_CONNECTION: u32 = 0x8000_0000;
+
+/// Who rejects what a container sends to the cell itself and may not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum Guard {
+    /// Our own chain: the rule in `filter/INPUT` is not known to be there.
+    #[default]
+    Ours,
+    /// The rule in `filter/INPUT`; our chain marks.
+    Iptables,
+}
+
+/// A kernel object of the table.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    Table,
+    Set(Name),
+    Chain(Name),
+    /// An element of a map or set that containers and peers enter, by the bytes of its key.
+    Element(Name, Box<[u8]>),
+}
+
+/// Its content.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Content {
+    Table,
+    Set(Arc<Filled>),
+    Chain(Arc<Chain>),
+    Element(Data),
+}
+
+/// A set as it is declared. What rules, containers and peers put into it is not part of it; its ranges are.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Filled {
+    pub set: Set,
+    pub ranges: Ranges,
+}
+
+/// What a unit plans.
+pub type Planned = Vec<(Part, Content)>;
+
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Table => write!(f, "table {TABLE}"),
+            Self::Set(name) => write!(f, "set {name}"),
+            Self::Chain(name) => write!(f, "chain {name}"),
+            Self::Element(set, key) => {
+                write!(f, "element of {set} ")?;
+                key.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+            }
+        }
+    }
+}
+
+/// Names are made of words and digests here, never of what comes from outside.
+fn name(text: &str) -> Name {
+    text.parse().unwrap_or_else(|_| unreachable!("{text} is a name"))
+}
+
+fn chain(name_of: &str, rules: Vec<nf_tables::Rule>) -> (Part, Content) {
+    (Part::Chain(name(name_of)), Content::Chain(Arc::new(Chain { base: None, rules })))
+}
+
+fn set(name_of: &str, set: Set, ranges: Ranges) -> (Part, Content) {
+    (Part::Set(name(name_of)), Content::Set(Arc::new(Filled { set, ranges })))
+}
+
+fn element(set: &str, key: Vec<u8>, data: Data) -> (Part, Content) {
+    (Part::Element(name(set), key.into()), Content::Element(data))
+}
+
+/// A whole program, to run packets through.
+pub fn program<'a>(parts: impl IntoIterator<Item = (&'a Part, &'a Content)>) -> nf_tables::machine::Program {
+    let mut program = nf_tables::machine::Program::default();
+    let mut elements: BTreeMap<Name, Vec<Element>> = BTreeMap::new();
+    for (part, content) in parts {
+        match (part, content) {
+            (Part::Chain(name), Content::Chain(chain)) => {
+                program.chains.insert(name.clone(), Arc::clone(chain));
+            }
+            (Part::Set(name), Content::Set(filled)) => {
+                let contents = program.sets.entry(name.clone()).or_default();
+                contents.ranges = filled.ranges.clone();
+                contents.widths = filled.set.key.widths();
+            }
+            (Part::Element(name, key), Content::Element(data)) => {
+                let element = Element { key: key.to_vec(), data: data.clone() };
+                elements.entry(name.clone()).or_default().push(element);
+            }
+            _ => {}
+        }
+    }
+    for (name, elements) in elements {
+        let contents = program.sets.entry(name).or_default();
+        contents.elements.extend(elements.into_iter().map(|element| (element.key, element.data)));
+    }
+    program
+}

@@ -1,0 +1,246 @@
+//! The chains that do not depend on which containers there are, and the maps that lead on from them.
+//!
+//! ```text
+//!            ┌ from a link ─▶ sent ──▶ from-container ─┬─ to a link ──▶ newcomers ─▶ uninvited
+//!  forward ──┤               (who?)    (established?)  ├─ to the VTEP ─▶ to-overlay
+//!            │                                         └─ to the world ▶ egress ──map──▶ egress-DIGEST
+//!            └ to a link ───▶ received (established?) ──▶ newcomers
+//!
+//!            ┌ from a link ─▶ to-cell ──▶ asks-cell ──map──▶ services-DIGEST ──▶ refused-by-cell
+//!  input ────┤  (the VXLAN port: only from cells that hold a lease)
+//!            └ from the VTEP, new ───────────────────────────────────────────▶ refused-by-cell
+//! ```
+//! One map leads from a link and an address to the mark that its packets carry: who is not in it is nobody.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use nf_tables::{Base as Hooked, Chain, Data, Field, Hook, Key, Kind, Ranges, Rule, Set, Target};
+
+use super::draft::{ESTABLISHED, INVALID, Part as Of, RELATED, TCP, UDP, rule};
+use super::{
+    ALLOWED, Content, Guard, INGRESS, INGRESS_CONNECTION, Part, Planned, REFUSED, chain, element, name, set,
+};
+use crate::address::DeviceName;
+use crate::cell::CellConfig;
+
+/// Before the chains of iptables, whose filter tables have priority 0.
+const BEFORE_IPTABLES: i32 = -10;
+/// NF_IP_PRI_NAT_DST and NF_IP_PRI_NAT_SRC.
+const DESTINATION_NAT: i32 = -100;
+const SOURCE_NAT: i32 = 100;
+
+/// Addresses at which clouds answer a machine's questions about itself, its credentials among them; two of them also
+/// resolve names.
+const METADATA: [[u8; 4]; 2] = [[169, 254, 169, 254], [100, 100, 100, 200]];
+/// Azure's platform address: DNS, and on these ports the agents' services.
+const AZURE: [u8; 4] = [168, 63, 129, 16];
+const AZURE_PORTS: [u16; 2] = [80, 32526];
+const DNS: u16 = 53;
+
+/// What the base is made from.
+#[derive(Debug)]
+pub struct Base<'a> {
+    pub config: &'a CellConfig,
+    /// Devices that lead to the world.
+    pub ways: &'a BTreeSet<DeviceName>,
+    pub guard: Guard,
+}
+
+pub fn base(base: &Base<'_>) -> Planned {
+    let mut planned = vec![(Part::Table, Content::Table)];
+    planned.extend(maps());
+    planned.extend(METADATA.map(|addr| element("metadata", addr.to_vec(), Data::Nothing)));
+    planned.push(element("metadata", AZURE.to_vec(), Data::Nothing));
+    planned.extend([
+        hooked("forward", Kind::Filter, Hook::Forward, BEFORE_IPTABLES, base.forward()),
+        chain("sent", sent("from-container")),
+        chain("from-container", base.from_container()),
+        chain("to-overlay", base.to_overlay()),
+        chain("egress", egress()),
+        chain("metadata-rules", metadata()),
+        chain("received", received()),
+        chain("newcomers", base.newcomers()),
+        hooked("input", Kind::Filter, Hook::Input, BEFORE_IPTABLES, base.input()),
+        chain("to-cell", sent("asks-cell")),
+        chain("asks-cell", base.asks_cell()),
+        chain("refused-by-cell", vec![base.refused_by_cell()]),
+        hooked("port-mapping", Kind::Nat, Hook::Prerouting, DESTINATION_NAT, base.port_mapping()),
+        hooked("translation", Kind::Nat, Hook::Postrouting, SOURCE_NAT, base.translation()),
+    ]);
+    planned
+}
+
+/// Maps and sets that containers and peers enter.
+fn maps() -> Vec<(Part, Content)> {
+    let map = |name: &str, key: Key, target| {
+        set(name, Set { key, target, ranges: false, dynamic: None }, Ranges::default())
+    };
+    let ipv4 = || Key::from([Field::Ipv4]);
+    vec![
+        map("sources", [Field::InterfaceIndex, Field::Ipv4].into(), Target::Value(vec![Field::Mark])),
+        map("allowed", [Field::Ipv4, Field::Mark].into(), Target::Nothing),
+        map("profiles", ipv4(), Target::Verdict),
+        map("services", ipv4(), Target::Verdict),
+        map("translations", ipv4(), Target::Verdict),
+        map("uninvited", ipv4(), Target::Verdict),
+        map("ports", [Field::Port].into(), Target::Value(vec![Field::Ipv4, Field::Port])),
+        map("leased", ipv4(), Target::Nothing),
+        map("metadata", ipv4(), Target::Nothing),
+    ]
+}
+
+fn hooked(of: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> (Part, Content) {
+    let base = Some(Hooked { kind, hook, priority });
+    (Part::Chain(name(of)), Content::Chain(Arc::new(Chain { base, rules })))
+}
+
+/// dataplane.md, "Spoofed sources, IPv6". The mark says from here on that the sender is known, and carries its tag.
+fn sent(next: &str) -> Vec<Rule> {
+    vec![
+        rule("the link's own address")
+            .ipv4()
+            .mark_from(&name("sources"), &[Of::InIndex, Of::Source])
+            .goto(next),
+        rule("spoofed, not IPv4, or from no container").drop(),
+    ]
+}
+
+/// dataplane.md, "To the world".
+fn egress() -> Vec<Rule> {
+    vec![
+        rule("let out before, by the rules of today")
+            .in_set(&name("allowed"), &[Of::Source, Of::ConnectionMark])
+            .accept(),
+        rule("TCP that belongs to no connection").protocol(TCP).state(INVALID).drop(),
+        rule("what the container may").verdict_from(&name("profiles"), &[Of::Source]),
+        rule("nothing is known of what it may").reject(),
+    ]
+}
+
+/// dataplane.md, "Cloud metadata". Comes back with what is not refused.
+fn metadata() -> Vec<Rule> {
+    let azure = || rule("Azure's platform address").destination(AZURE.into());
+    let mut rules: Vec<Rule> =
+        AZURE_PORTS.map(|port| azure().protocol(TCP).port(port).reject()).into_iter().collect();
+    rules.push(azure().back());
+    rules.extend([TCP, UDP].map(|protocol| rule("names").protocol(protocol).port(DNS).back()));
+    rules.push(rule("cloud metadata").reject());
+    rules
+}
+
+/// dataplane.md, "To a container".
+fn received() -> Vec<Rule> {
+    vec![
+        rule("not IPv4").not_ipv4().drop(),
+        rule("established").state(ESTABLISHED | RELATED).mark_with(ALLOWED).accept(),
+        rule("new").goto("newcomers"),
+    ]
+}
+
+impl Base<'_> {
+    fn forward(&self) -> Vec<Rule> {
+        let vtep = &self.config.vtep_name;
+        vec![
+            rule("from a container").from_link().goto("sent"),
+            rule("to a container").to_link().goto("received"),
+            rule("from another cell, to no container").from_device(vtep).reject(),
+            rule("to another cell, from no container").to_device(vtep).reject(),
+        ]
+    }
+
+    fn from_container(&self) -> Vec<Rule> {
+        let mut rules = vec![
+            rule("forged frames of the overlay").protocol(UDP).port(self.config.vtep_port).reject(),
+            rule("established").state(ESTABLISHED | RELATED).accept(),
+            rule("to a container of this cell").to_link().goto("newcomers"),
+            rule("to another cell").to_device(&self.config.vtep_name).goto("to-overlay"),
+        ];
+        rules.extend(self.ways.iter().map(|way| rule("to the world").to_device(way).goto("egress")));
+        rules.push(rule("on no way to the world").reject());
+        rules
+    }
+
+    /// dataplane.md, "To another cell".
+    fn to_overlay(&self) -> Vec<Rule> {
+        match self.config.policy {
+            true => vec![rule("no policy has this source").reject()],
+            false => vec![rule("policies are disabled").accept()],
+        }
+    }
+
+    fn newcomers(&self) -> Vec<Rule> {
+        let mut rules = vec![
+            rule("to a mapped port, from the underlay")
+                .connection_mark(INGRESS_CONNECTION)
+                .mark_with(ALLOWED)
+                .accept(),
+        ];
+        if !self.config.policy {
+            let overlay = self.config.overlay.get();
+            let open = rule("policies are disabled").ipv4().source_in(overlay).destination_in(overlay);
+            rules.push(open.mark_with(ALLOWED).accept());
+        }
+        rules.push(rule("logged").verdict_from(&name("uninvited"), &[Of::Destination]));
+        rules.push(rule("no policy").reject());
+        rules
+    }
+
+    /// dataplane.md, "To the cell", "Frames of the overlay".
+    fn input(&self) -> Vec<Rule> {
+        vec![
+            rule("from a container").from_link().goto("to-cell"),
+            rule("frames from no cell")
+                .protocol(UDP)
+                .port(self.config.vtep_port)
+                .ipv4()
+                .not_in_set(&name("leased"), &[Of::Source])
+                .drop(),
+            rule("from another cell, new")
+                .from_device(&self.config.vtep_name)
+                .state(!(ESTABLISHED | RELATED))
+                .goto("refused-by-cell"),
+        ]
+    }
+
+    fn asks_cell(&self) -> Vec<Rule> {
+        vec![
+            rule("forged frames of the overlay").protocol(UDP).port(self.config.vtep_port).reject(),
+            rule("established").state(ESTABLISHED | RELATED).accept(),
+            rule("what the cell offers").verdict_from(&name("services"), &[Of::Source]),
+            rule("nothing is known of what it may").goto("refused-by-cell"),
+        ]
+    }
+
+    fn refused_by_cell(&self) -> Rule {
+        match self.guard {
+            Guard::Ours => rule("the rule in filter/INPUT is missing").reject(),
+            Guard::Iptables => {
+                rule("refused by the last rule of filter/INPUT").counted().mark(REFUSED).accept()
+            }
+        }
+    }
+
+    /// dataplane.md, "To a mapped port".
+    fn port_mapping(&self) -> Vec<Rule> {
+        let ports = name("ports");
+        let to_cell = |comment| rule(comment).ipv4().destination(self.config.underlay.get()).protocol(TCP);
+        let from_way = |way| {
+            let came = rule("mapped port, from the underlay").from_device(way);
+            let came = came.ipv4().destination(self.config.underlay.get()).protocol(TCP);
+            came.dnat_from(&ports, |rule| rule.mark_connection(INGRESS_CONNECTION).mark(INGRESS))
+        };
+        let mut rules: Vec<Rule> = self.ways.iter().map(from_way).collect();
+        rules.push(to_cell("mapped port").dnat_from(&ports, |rule| rule));
+        rules
+    }
+
+    /// dataplane.md, "Masquerade".
+    fn translation(&self) -> Vec<Rule> {
+        vec![
+            rule("to a container").to_link().accept(),
+            rule("to another cell").to_device(&self.config.vtep_name).accept(),
+            rule("from a container").ipv4().verdict_from(&name("translations"), &[Of::Source]),
+        ]
+    }
+}

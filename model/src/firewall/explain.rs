@@ -1,0 +1,239 @@
+//! What becomes of a packet, by running the program that the kernel runs; and which rule decides, and whose it is.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use nf_tables::machine::{Broken, Decision, Outcome, Packet, Place, Program};
+use serde::Serialize;
+
+use super::draft::{ICMP, NEW, TCP, UDP};
+use super::{REFUSED, name};
+use crate::address::{DeviceName, OverlayAddr};
+use crate::asg::{EgressRule, Traffic};
+use crate::cell::{Inputs, Presence};
+use crate::container::{Container, Handle};
+use crate::link;
+
+/// The first packet of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Probe {
+    Tcp {
+        port: u16,
+    },
+    Udp {
+        port: u16,
+    },
+    Icmp {
+        kind: u8,
+        code: u8,
+    },
+    /// Any other protocol of IPv4.
+    Other {
+        protocol: u8,
+    },
+}
+
+/// Where the cell's routes lead an address.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Route {
+    /// It is the cell's own.
+    Cell,
+    Device(DeviceName),
+    Nowhere,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Allowed,
+    /// The sender is told (ICMP port unreachable).
+    Refused,
+    /// Without a word.
+    Dropped,
+}
+
+/// What becomes of a packet, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    pub verdict: Verdict,
+    /// The chain and the rule's comment; none: no rule of ours is about it.
+    pub rule: Option<String>,
+    /// Who made it so: a container's security group, a policy, the cell's configuration.
+    pub whose: String,
+    /// Where a mapped port led it.
+    pub mapped_to: Option<String>,
+    /// The source that its destination sees, if that is not the sender's own.
+    pub masqueraded: bool,
+    /// What the traffic log would say of it.
+    pub logged: Vec<String>,
+}
+
+impl Probe {
+    pub fn protocol(self) -> u8 {
+        match self {
+            Self::Tcp { .. } => TCP,
+            Self::Udp { .. } => UDP,
+            Self::Icmp { .. } => ICMP,
+            Self::Other { protocol } => protocol,
+        }
+    }
+
+    /// The bytes behind the IP header that the program looks at.
+    fn transport(self) -> Vec<u8> {
+        let mut bytes = vec![0; 20];
+        match self {
+            Self::Tcp { port } | Self::Udp { port } => bytes[2..4].copy_from_slice(&port.to_be_bytes()),
+            Self::Icmp { kind, code } => bytes[..2].copy_from_slice(&[kind, code]),
+            Self::Other { .. } => {}
+        }
+        bytes
+    }
+}
+
+impl EgressRule {
+    pub fn covers(&self, to: Ipv4Addr, probe: Probe) -> bool {
+        let fits = |given: Option<u8>, is: u8| given.is_none_or(|given| given == is);
+        let traffic = match (self.traffic, probe) {
+            (Traffic::All, _) => true,
+            (Traffic::Tcp(ports), Probe::Tcp { port }) | (Traffic::Udp(ports), Probe::Udp { port }) => {
+                (ports.first()..=ports.last()).contains(&port)
+            }
+            (Traffic::Icmp { kind, code }, Probe::Icmp { kind: k, code: c }) => {
+                fits(kind, k) && fits(code, c)
+            }
+            _ => false,
+        };
+        traffic && (self.to.first()..=self.to.last()).contains(&to)
+    }
+}
+
+/// Runs the program on a packet. `routes`: what the cell's routing says of an address.
+pub fn explain(
+    program: &Program,
+    inputs: &Inputs,
+    from: Ipv4Addr,
+    to: Ipv4Addr,
+    probe: Probe,
+    routes: impl Fn(Ipv4Addr) -> Route,
+) -> Result<Explanation, Broken> {
+    let sender = present(inputs, from);
+    let mut packet = packet(from, to, probe);
+    packet.in_name = match sender {
+        Some(container) => Some(link::host_name(container.addr).to_string()),
+        None => came_by(inputs, from).map(|device| device.to_string()),
+    };
+    packet.in_index = sender.map(|container| link::index(container.addr));
+
+    let mapping = program.run(&name("port-mapping"), &mut packet)?;
+    let (mut dst, mut probe, mut mapped_to) = (to, probe, None);
+    if let Outcome::Dnat { addr, port } = mapping.outcome {
+        dst = addr.into();
+        probe = Probe::Tcp { port };
+        mapped_to = Some(format!("{dst}:{port}"));
+        packet.network[16..20].copy_from_slice(&addr);
+        packet.transport = probe.transport();
+    }
+    let out = match present(inputs, dst) {
+        Some(container) => Route::Device(link::host_name(container.addr)),
+        None => routes(dst),
+    };
+    let told = |verdict, rule, whose: &str| Explanation {
+        verdict,
+        rule,
+        whose: whose.into(),
+        mapped_to: mapped_to.clone(),
+        masqueraded: false,
+        logged: Vec::new(),
+    };
+    let chain = match out {
+        Route::Nowhere => return Ok(told(Verdict::Dropped, None, "the cell's routes lead nowhere")),
+        Route::Cell => "input",
+        Route::Device(device) => {
+            packet.out_name = Some(device.to_string());
+            "forward"
+        }
+    };
+    let decision = program.run(&name(chain), &mut packet)?;
+    let refused_later = chain == "input" && packet.mark == REFUSED;
+    let verdict = match decision.outcome {
+        Outcome::Accept if refused_later => Verdict::Refused,
+        Outcome::Accept | Outcome::Dnat { .. } | Outcome::Masquerade => Verdict::Allowed,
+        Outcome::Reject => Verdict::Refused,
+        Outcome::Drop => Verdict::Dropped,
+    };
+    let masqueraded = verdict == Verdict::Allowed
+        && chain == "forward"
+        && program.run(&name("translation"), &mut packet)?.outcome == Outcome::Masquerade;
+    let whose = whose(inputs, sender, &decision, dst, probe);
+    let rule = decision.by.map(|Place { chain, comment, .. }| format!("{chain}: {comment}"));
+    Ok(Explanation { masqueraded, logged: decision.logged, ..told(verdict, rule, &whose) })
+}
+
+fn packet(from: Ipv4Addr, to: Ipv4Addr, probe: Probe) -> Packet {
+    // RFC 791, section 3.1; the program looks at the addresses only.
+    let mut network = vec![0; 20];
+    network[12..16].copy_from_slice(&from.octets());
+    network[16..20].copy_from_slice(&to.octets());
+    Packet {
+        family: 2,
+        protocol: probe.protocol(),
+        network,
+        transport: probe.transport(),
+        state: NEW,
+        ..Packet::default()
+    }
+}
+
+fn present(inputs: &Inputs, addr: Ipv4Addr) -> Option<&Container> {
+    let (container, presence) = inputs.roster.with_addr(OverlayAddr::new(addr))?;
+    (presence == Presence::Present).then_some(container)
+}
+
+/// The device by which a packet of somebody who is no container of this cell comes in.
+fn came_by(inputs: &Inputs, from: Ipv4Addr) -> Option<&DeviceName> {
+    let overlay = inputs.config.overlay.get().contains(from);
+    if overlay { Some(&inputs.config.vtep_name) } else { inputs.ways.first() }
+}
+
+/// The security group that let it out, or the part of the cell that decided.
+fn whose(
+    inputs: &Inputs,
+    sender: Option<&Container>,
+    decision: &Decision,
+    to: Ipv4Addr,
+    probe: Probe,
+) -> String {
+    let Some(Place { chain, comment, .. }) = &decision.by else {
+        return "none of ours: the cell's own rules decide".into();
+    };
+    let chain = chain.as_str();
+    let of = |handle: &Handle, what: &str| format!("{what} of container {handle}");
+    let known = sender.and_then(|container| inputs.roster.profile(container.profile?));
+    match (sender, known) {
+        (Some(sender), Some(known)) if chain.starts_with("egress-") || chain.starts_with("logged-") => {
+            let covering = known.profile().rules.iter().rev().find(|rule| rule.covers(to, probe));
+            match covering {
+                Some(rule) if comment == "security group" => {
+                    of(&sender.handle, &format!("security group rule {} ({rule})", rule.index))
+                }
+                _ => of(&sender.handle, "settings and security groups"),
+            }
+        }
+        (Some(sender), _) if chain.starts_with("services-") => {
+            of(&sender.handle, "services offered by the cell, settings")
+        }
+        _ => "this cell".into(),
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allowed => "allowed",
+            Self::Refused => "refused",
+            Self::Dropped => "dropped",
+        })
+    }
+}

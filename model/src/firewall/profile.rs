@@ -1,0 +1,265 @@
+//! What containers may send: the chains and sets of one profile, named by its digest. They never change; another
+//! profile has others, and a container is moved by its elements in the maps.
+
+use std::sync::Arc;
+
+use ipnetwork::Ipv4Network;
+use nf_tables::{Field, Key, Ranges, Rule, Set, Target};
+
+use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
+use super::layers::{Layer, Shape, layers};
+use super::limits::{Limit, Lines, rate_limit};
+use super::{Content, Part, Planned, chain, name, set};
+use crate::profile::{Digest, HostService, Profile, Transport, Workload};
+use crate::subnet::OverlayNetwork;
+
+/// A profile's rules as the kernel takes them: made once for each profile.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Layers(Arc<[Made]>);
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Made {
+    shape: Shape,
+    log: bool,
+    key: Key,
+    ranges: Ranges,
+}
+
+impl Layers {
+    pub fn of(profile: &Profile) -> Self {
+        let made = |layer: Layer| Made {
+            shape: layer.shape,
+            log: layer.log,
+            key: layer.key(),
+            ranges: layer.ranges(),
+        };
+        Self(layers(&profile.rules, profile.settings.log_all).into_iter().map(made).collect())
+    }
+}
+
+/// Names of a profile's chains.
+pub(super) fn egress_chain(digest: Digest) -> String {
+    format!("egress-{digest}")
+}
+
+pub(super) fn services_chain(digest: Digest) -> String {
+    format!("services-{digest}")
+}
+
+pub(super) fn translation_chain(digest: Digest) -> String {
+    format!("translation-{digest}")
+}
+
+pub(super) fn uninvited_chain(per_sec: u32) -> String {
+    format!("uninvited-{per_sec}")
+}
+
+/// dataplane.md, "To a container", logged: of containers whose profile says so.
+pub(super) fn uninvited(per_sec: u32, log_group: u16) -> (Part, Content) {
+    let mut rules = limited_log(Lines::Uninvited, per_sec, log_group, "weft:denied-c2c");
+    rules.push(rule("no policy").reject());
+    chain(&uninvited_chain(per_sec), rules)
+}
+
+/// Everything of a profile. `layers` are its own.
+pub fn profile(
+    digest: Digest,
+    profile: &Profile,
+    layers: &Layers,
+    overlay: OverlayNetwork,
+    log_group: u16,
+) -> Planned {
+    let this = This { digest, profile, log_group };
+    let mut planned = Planned::new();
+    let egress = this.egress(layers, &mut planned);
+    planned.push(chain(&egress_chain(digest), egress));
+    let services = this.services(&mut planned);
+    planned.push(chain(&services_chain(digest), services));
+    let kept = profile.settings.no_masquerade.unwrap_or(overlay.get());
+    planned.push(chain(&translation_chain(digest), translation(kept)));
+    planned
+}
+
+struct This<'a> {
+    digest: Digest,
+    profile: &'a Profile,
+    log_group: u16,
+}
+
+impl This<'_> {
+    /// dataplane.md, "To the world", in its order.
+    fn egress(&self, layers: &Layers, planned: &mut Planned) -> Vec<Rule> {
+        let settings = &self.profile.settings;
+        let mut rules = Vec::new();
+        if let Some(max) = settings.outbound_connections.max {
+            let limit = Limit::Connections { max: max.get() };
+            rules.push(rule("too many connections").state(NEW).by(limit).reject());
+            // A set that took no more would be no limit.
+            let full = rule("connections cannot be counted").state(NEW);
+            rules.push(full.not_in_set(&limit.set_name(), limit.key()).reject());
+        }
+        rules.extend(self.rate(planned));
+        if settings.deny_cloud_metadata {
+            rules.push(
+                rule("cloud metadata").in_set(&name("metadata"), &[Of::Destination]).jump("metadata-rules"),
+            );
+        }
+        rules.extend(self.deny_networks(planned));
+        rules.extend(self.layers(layers, planned));
+        if settings.log_all {
+            let per_sec = settings.denied_logs_per_sec.get();
+            rules.extend(limited_log(Lines::Denied, per_sec, self.log_group, "weft:denied"));
+        }
+        rules.push(rule("no security group").reject());
+        rules
+    }
+
+    fn rate(&self, planned: &mut Planned) -> Vec<Rule> {
+        let settings = &self.profile.settings;
+        let Some(rate) = &settings.outbound_connections.rate else { return Vec::new() };
+        let limit = rate_limit(rate);
+        let too_many = || rule("too many new connections").protocol(TCP).state(NEW).by(limit);
+        let log =
+            |prefix| limited_log(Lines::Limited, settings.denied_logs_per_sec.get(), self.log_group, prefix);
+        if rate.dry_run {
+            let chain_name = format!("over-rate-{}", self.digest);
+            planned.push(chain(&chain_name, log("weft:would-limit")));
+            return vec![too_many().jump(&chain_name)];
+        }
+        let refused = if rate.log || settings.log_all {
+            let chain_name = format!("over-rate-{}", self.digest);
+            let mut rules = log("weft:limited");
+            rules.push(rule("too many new connections").reject());
+            planned.push(chain(&chain_name, rules));
+            too_many().goto(&chain_name)
+        } else {
+            too_many().reject()
+        };
+        // A set that took no more would be no limit.
+        let full = rule("new connections cannot be counted").protocol(TCP).state(NEW);
+        vec![refused, full.not_in_set(&limit.set_name(), limit.key()).reject()]
+    }
+
+    fn deny_networks(&self, planned: &mut Planned) -> Option<Rule> {
+        let deny = &self.profile.settings.deny_networks;
+        let by_workload = match self.profile.workload {
+            Workload::Running => deny.running.as_slice(),
+            Workload::Staging => deny.staging.as_slice(),
+            Workload::Other => &[],
+        };
+        let mut spans: Vec<(u32, u32)> = deny.always.iter().chain(by_workload).map(span).collect();
+        if spans.is_empty() {
+            return None;
+        }
+        spans.sort_unstable();
+        let mut apart: Vec<(u32, u32)> = Vec::new();
+        for (first, last) in spans {
+            match apart.last_mut() {
+                Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+                _ => apart.push((first, last)),
+            }
+        }
+        let set_name = format!("deny-{}", self.digest);
+        let key = |addr: u32, protocol: u8| [&addr.to_be_bytes()[..], &[protocol, 0, 0, 0]].concat();
+        let ends: Vec<_> = apart.iter().map(|(first, last)| (key(*first, 0), key(*last, 255))).collect();
+        let key = Key::from([Field::Ipv4, Field::Protocol]);
+        let ranges = Ranges::new(key.len(), ends.iter().map(|(low, high)| (low.as_slice(), high.as_slice())));
+        planned.push(set(&set_name, with_ranges(key), ranges));
+        Some(rule("denied network").in_set(&name(&set_name), &[Of::Destination, Of::Protocol]).reject())
+    }
+
+    fn layers(&self, layers: &Layers, planned: &mut Planned) -> Vec<Rule> {
+        let logged = format!("logged-{}", self.digest);
+        if layers.0.iter().any(|layer| layer.log) {
+            planned.push(chain(&logged, self.logged()));
+        }
+        let mut rules = Vec::new();
+        for (number, layer) in layers.0.iter().enumerate() {
+            let set_name = format!("asg-{}-{number}", self.digest);
+            planned.push(set(&set_name, with_ranges(layer.key.clone()), layer.ranges.clone()));
+            let security_group = rule("security group");
+            let found = match layer.shape {
+                Shape::Any => security_group.in_set(&name(&set_name), &[Of::Destination, Of::Protocol]),
+                Shape::Ports => {
+                    security_group.in_set(&name(&set_name), &[Of::Destination, Of::Protocol, Of::Port])
+                }
+                Shape::Icmp => security_group
+                    .protocol(super::draft::ICMP)
+                    .in_set(&name(&set_name), &[Of::Destination, Of::IcmpType, Of::IcmpCode]),
+            };
+            rules.push(if layer.log { found.goto(&logged) } else { self.allow(found).accept() });
+        }
+        rules
+    }
+
+    /// Later packets of the connection are let out by one look, as long as the profile stays.
+    fn allow(&self, draft: Draft) -> Draft {
+        draft.mark_connection(self.digest.mark())
+    }
+
+    /// A line for each connection; of UDP, where one packet is one, as many as the limit says.
+    fn logged(&self) -> Vec<Rule> {
+        let per_sec = self.profile.settings.accepted_udp_logs_per_sec.get();
+        let (of, group) = (Lines::AcceptedUdp, self.log_group);
+        let udp = |comment| rule(comment).protocol(UDP);
+        vec![
+            udp("counted").by(Limit::Total { of }).go_on(),
+            udp("logged").by(Limit::Lines { of, per_sec }).log(group, "weft:allowed").go_on(),
+            udp("security group").accept(),
+            rule("logged").state(INVALID | NEW | UNTRACKED).log(group, "weft:allowed").go_on(),
+            self.allow(rule("security group")).accept(),
+        ]
+    }
+
+    /// dataplane.md, "To the cell".
+    fn services(&self, planned: &mut Planned) -> Vec<Rule> {
+        let settings = &self.profile.settings;
+        let dns = settings
+            .dns_servers
+            .iter()
+            .filter(|server| server.is_link_local())
+            .flat_map(|server| [TCP, UDP].map(|protocol| (*server, protocol, 53)));
+        let services = settings.host_services.iter().map(|HostService { transport, addr, port }| {
+            (*addr, if *transport == Transport::Tcp { TCP } else { UDP }, port.get())
+        });
+        let key = |(addr, protocol, port): (std::net::Ipv4Addr, u8, u16)| {
+            let [high, low] = port.to_be_bytes();
+            [&addr.octets()[..], &[protocol, 0, 0, 0, high, low, 0, 0]].concat()
+        };
+        let keys: std::collections::BTreeSet<Vec<u8>> = dns.chain(services).map(key).collect();
+        let refused = rule("not offered").goto("refused-by-cell");
+        if keys.is_empty() {
+            return vec![refused];
+        }
+        let set_name = format!("offered-{}", self.digest);
+        let fields = Key::from([Field::Ipv4, Field::Protocol, Field::Port]);
+        let ranges = Ranges::new(fields.len(), keys.iter().map(|key| (key.as_slice(), key.as_slice())));
+        planned.push(set(&set_name, with_ranges(fields), ranges));
+        let offered = rule("offered").in_set(&name(&set_name), &[Of::Destination, Of::Protocol, Of::Port]);
+        vec![offered.accept(), refused]
+    }
+}
+
+/// dataplane.md, "Masquerade".
+fn translation(kept: Ipv4Network) -> Vec<Rule> {
+    vec![
+        rule("sees the container's own address").ipv4().destination_in(kept).accept(),
+        rule("to the world").masquerade(),
+    ]
+}
+
+/// Counts, and logs as long as the limit says.
+fn limited_log(of: Lines, per_sec: u32, log_group: u16, prefix: &str) -> Vec<Rule> {
+    vec![
+        rule("counted").by(Limit::Total { of }).go_on(),
+        rule("logged").by(Limit::Lines { of, per_sec }).log(log_group, prefix).go_on(),
+    ]
+}
+
+fn with_ranges(key: Key) -> Set {
+    Set { key, target: Target::Nothing, ranges: true, dynamic: None }
+}
+
+fn span(network: &Ipv4Network) -> (u32, u32) {
+    (network.network().into(), network.broadcast().into())
+}

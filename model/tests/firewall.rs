@@ -1,0 +1,149 @@
+//! The firewall's program, run on packets: docs/dataplane.md names the paragraphs.
+
+use std::net::Ipv4Addr;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
+use weft_model::cell::unit::plan;
+use weft_model::cell::{Cell, Key, Object, Wanted};
+use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
+use weft_model::firewall::program;
+use weft_model::profile::{Profile, Settings};
+use weft_model::walk;
+
+const WORLD: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+
+fn cell_with(profile: Profile) -> (Cell, Ipv4Addr) {
+    let mut cell = walk::start(7);
+    let wanted = Wanted { profile: Arc::new(profile.into()), ..walk::wanted(1) };
+    let addr = cell.add(wanted).expect("added").addr.get();
+    (cell, addr)
+}
+
+fn ask(cell: &Cell, from: Ipv4Addr, to: Ipv4Addr, probe: Probe) -> Explanation {
+    let wanted = plan(cell.inputs());
+    let parts = wanted.iter().filter_map(|(key, object)| match (key, object) {
+        (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
+        _ => None,
+    });
+    let routes = |_| Route::Device("eth0".parse().expect("name"));
+    explain(&program(parts), cell.inputs(), from, to, probe, routes).expect("the program is whole")
+}
+
+fn rule(to: (u32, u32), traffic: Traffic, log: bool, index: u32) -> EgressRule {
+    let to = AddrRange::new(to.0.min(to.1).into(), to.0.max(to.1).into()).expect("range");
+    EgressRule { to, traffic, log, index }
+}
+
+fn ports() -> impl Strategy<Value = PortRange> {
+    prop_oneof![Just((0, 65535)), (0u16..12, 0u16..12).prop_map(|(a, b)| (a.min(b), a.max(b))),]
+        .prop_map(|(first, last)| PortRange::new(first, last).expect("range"))
+}
+
+fn traffic() -> impl Strategy<Value = Traffic> {
+    let any_or = || proptest::option::of(0u8..3);
+    prop_oneof![
+        1 => Just(Traffic::All),
+        3 => ports().prop_map(Traffic::Tcp),
+        2 => ports().prop_map(Traffic::Udp),
+        2 => (any_or(), any_or()).prop_map(|(kind, code)| Traffic::Icmp { kind, code }),
+    ]
+}
+
+/// Few addresses, so that ranges meet; the whole internet among them.
+fn rules(longest: usize) -> impl Strategy<Value = Vec<EgressRule>> {
+    let base = u32::from(WORLD);
+    let span = prop_oneof![
+        6 => (base..base + 12, base..base + 12),
+        1 => Just((0, u32::MAX)),
+    ];
+    let one = (span, traffic(), any::<bool>());
+    (proptest::collection::vec(one, 0..longest), any::<bool>()).prop_map(|(rules, mixed)| {
+        let rule = |(index, (to, traffic, log)): (u32, ((u32, u32), Traffic, bool))| {
+            rule(to, traffic, log && mixed, index)
+        };
+        (0..).zip(rules).map(rule).collect()
+    })
+}
+
+fn probe() -> impl Strategy<Value = Probe> {
+    prop_oneof![
+        3 => (0u16..14).prop_map(|port| Probe::Tcp { port }),
+        2 => (0u16..14).prop_map(|port| Probe::Udp { port }),
+        2 => (0u8..4, 0u8..4).prop_map(|(kind, code)| Probe::Icmp { kind, code }),
+        1 => Just(Probe::Other { protocol: 47 }),
+    ]
+}
+
+proptest! {
+    /// dataplane.md, "To the world": layers of sets say what reading the rules one by one says, logs included.
+    #[test]
+    fn sets_say_what_the_rules_say(
+        rules in rules(14),
+        log_all in any::<bool>(),
+        probes in proptest::collection::vec((0u32..14, probe()), 1..20),
+    ) {
+        let settings = Settings { log_all, ..Settings::default() };
+        let (cell, from) = cell_with(Profile { rules: rules.clone(), settings, ..Profile::default() });
+        for (offset, probe) in probes {
+            let to = Ipv4Addr::from(u32::from(WORLD) + offset);
+            let last = rules.iter().rev().find(|rule| rule.covers(to, probe));
+            let told = ask(&cell, from, to, probe);
+            let expected = if last.is_some() { Verdict::Allowed } else { Verdict::Refused };
+            prop_assert_eq!(told.verdict, expected, "{} {:?}: {:?}", to, probe, told);
+            let log = match last {
+                Some(rule) if rule.log || log_all => vec!["weft:allowed".to_owned()],
+                None if log_all => vec!["weft:denied".to_owned()],
+                _ => Vec::new(),
+            };
+            prop_assert_eq!(&told.logged, &log, "{} {:?}", to, probe);
+            if let Some(rule) = last {
+                let named = format!("security group rule {} ", rule.index);
+                prop_assert!(told.whose.contains(&named), "{:?}", told);
+            }
+        }
+    }
+}
+
+#[test]
+fn metadata_is_refused_before_any_security_group_but_for_names() {
+    let everything = vec![rule((0, u32::MAX), Traffic::All, false, 0)];
+    let (cell, from) = cell_with(Profile { rules: everything.clone(), ..Profile::default() });
+    let tcp = |port| Probe::Tcp { port };
+    for (addr, probe, verdict) in [
+        ([169, 254, 169, 254], tcp(80), Verdict::Refused),
+        ([169, 254, 169, 254], tcp(53), Verdict::Allowed),
+        ([169, 254, 169, 254], Probe::Udp { port: 53 }, Verdict::Allowed),
+        ([169, 254, 169, 254], Probe::Icmp { kind: 8, code: 0 }, Verdict::Refused),
+        ([100, 100, 100, 200], tcp(80), Verdict::Refused),
+        ([168, 63, 129, 16], tcp(80), Verdict::Refused),
+        ([168, 63, 129, 16], tcp(32526), Verdict::Refused),
+        ([168, 63, 129, 16], tcp(443), Verdict::Allowed),
+        ([168, 63, 129, 16], Probe::Udp { port: 53 }, Verdict::Allowed),
+    ] {
+        assert_eq!(ask(&cell, from, addr.into(), probe).verdict, verdict, "{addr:?} {probe:?}");
+    }
+    let settings = Settings { deny_cloud_metadata: false, ..Settings::default() };
+    let (cell, from) = cell_with(Profile { rules: everything, settings, ..Profile::default() });
+    assert_eq!(ask(&cell, from, [169, 254, 169, 254].into(), tcp(80)).verdict, Verdict::Allowed);
+}
+
+#[test]
+fn a_container_whose_profile_is_not_known_sends_nothing() {
+    let (cell, _) = cell_with(Profile::default());
+    let stranger = Ipv4Addr::new(10, 255, 1, 5);
+    let told = ask(&cell, stranger, WORLD, Probe::Tcp { port: 80 });
+    assert_ne!(told.verdict, Verdict::Allowed, "{told:?}");
+}
+
+#[test]
+fn a_limit_of_connections_stands_before_the_security_groups() {
+    let mut settings = Settings::default();
+    settings.outbound_connections.max = Some(NonZeroU32::MIN);
+    let rules = vec![rule((0, u32::MAX), Traffic::All, false, 0)];
+    let (cell, from) = cell_with(Profile { rules, settings, ..Profile::default() });
+    let told = ask(&cell, from, WORLD, Probe::Tcp { port: 80 });
+    assert_eq!((told.verdict, told.masqueraded), (Verdict::Allowed, true), "{told:?}");
+}

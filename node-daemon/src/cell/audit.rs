@@ -1,0 +1,73 @@
+//! Looking at the kernel: what differs from what was believed is logged once, and repaired by the next step.
+
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+use weft_model::cell::{Belief, Drift, Scope};
+
+use super::{AUDIT, Running, chain};
+use crate::kernel::Kernel;
+
+impl<K: Kernel> Running<K> {
+    pub(super) async fn audit(&mut self) {
+        self.audit_at = Instant::now() + AUDIT;
+        self.heard = None;
+        let config = &self.task.cell.inputs().config;
+        match self.task.kernel.underlay(config.underlay, self.task.underlay.device.as_ref()).await {
+            Ok(device) => {
+                self.underlay_missing = false;
+                self.task.cell.underlay(Some(device));
+            }
+            Err(error) if !self.underlay_missing => {
+                self.underlay_missing = true;
+                warn!(error = %chain(&error), "underlay device not found; what is there stays");
+            }
+            Err(_) => {}
+        }
+        match self.task.ways().await {
+            Ok(ways) => self.task.cell.ways(ways),
+            Err(error) => {
+                warn!(error = %chain(&error), "devices to the world not read; they stay as they are")
+            }
+        }
+        self.look(Scope::Links).await;
+    }
+
+    /// Compares what there is with what was believed. The next step repairs it.
+    pub(super) async fn look(&mut self, scope: Scope) {
+        let seen = match self.task.kernel.see(scope).await {
+            Ok(seen) => seen,
+            Err(error) => {
+                error!(error = %chain(&error), "audit not possible");
+                return;
+            }
+        };
+        let before = self.task.cell.believed().clone();
+        for drift in self.task.cell.audit(scope, seen) {
+            match &drift {
+                Drift::Differs(key) | Drift::Unwanted(key) => {
+                    // What was not believed to be right is known to be pending.
+                    let believed = match (before.get(key), self.task.cell.wanted().get(key)) {
+                        (Some(Belief::Holds(is)), Some(will)) => is == will,
+                        (was, will) => was.is_none() && will.is_none(),
+                    };
+                    if believed && self.reported.insert(key.clone()) {
+                        warn!(%key, "drift repaired");
+                        self.task.metrics.drift();
+                    }
+                }
+                Drift::Bug => {
+                    error!("what is wanted was not what the plan says; planned anew");
+                }
+                container => self.report_container(container),
+            }
+        }
+    }
+
+    pub(super) fn report_container(&self, drift: &Drift) {
+        match drift {
+            Drift::Lost(handle) => info!(%handle, "container's link is gone"),
+            Drift::Adopted(handle) => warn!(%handle, "container of a lost journal adopted"),
+            Drift::Differs(_) | Drift::Unwanted(_) | Drift::Bug => {}
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What calls need beside a wave: the inner end of a new link, the look of a CHECK, and explanations.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use tokio::task::spawn_blocking;
+use tracing::{Level, error, info, warn};
+use weft_model::address::{DeviceName, OverlayAddr};
+use weft_model::cell::{Belief, Key, Object, Presence, Scope};
+use weft_model::container::Handle;
+use weft_model::firewall::explain::{Explanation, Route, explain};
+use weft_model::firewall::program;
+use weft_model::link::LinkSpec;
+use weft_model::reason::{self, Reason};
+
+use super::Running;
+use crate::inbox::{Check, Inbox, Question, Reply, Request, Sender};
+use crate::kernel::{Kernel, inside};
+use crate::metrics::Metrics;
+
+impl<K: Kernel> Running<K> {
+    /// By the program that the kernel holds, as far as that is known.
+    pub(super) async fn explain(&mut self, question: Question) -> Result<Explanation, Reason> {
+        let from = match &question.from {
+            Sender::Addr(addr) => *addr,
+            Sender::Container(handle) => {
+                let unknown = || Reason::UnknownContainer { handle: handle.to_string() };
+                self.task.cell.roster().get(handle).ok_or_else(unknown)?.0.addr.get()
+            }
+        };
+        // A mapped port leads to a container, whose link is no matter of routes.
+        let route = self.task.kernel.route(question.to).await.map_err(|error| error.reason())?;
+        let believed = self.task.cell.believed().iter();
+        let parts = believed.filter_map(|(key, belief)| match (key, belief) {
+            (Key::Firewall(part), Belief::Holds(Object::Firewall(content))) => Some((part, content)),
+            _ => None,
+        });
+        let routes = |to| if to == question.to { route.clone() } else { Route::Nowhere };
+        let explained =
+            explain(&program(parts), self.task.cell.inputs(), from, question.to, question.probe, routes);
+        explained.map_err(|broken| Reason::Bug { invariant: broken.to_string() })
+    }
+
+    pub(super) async fn check(&mut self, check: Check) {
+        let Check { handle, interface, addr, namespace, reply } = check;
+        match self.check_cells_end(&handle, &interface, addr).await {
+            Err(reason) => drop(reply.send(Err(reason))),
+            Ok(spec) => {
+                spawn_blocking(move || drop(reply.send(inside::check(namespace.as_fd(), &spec))));
+            }
+        }
+    }
+
+    async fn check_cells_end(
+        &mut self,
+        handle: &Handle,
+        interface: &DeviceName,
+        addr: Option<OverlayAddr>,
+    ) -> Result<LinkSpec, Reason> {
+        let Some((container, presence)) = self.task.cell.roster().get(handle) else {
+            return Err(Reason::UnknownContainer { handle: handle.to_string() });
+        };
+        let damaged = |what: &str| Reason::Damaged { handle: handle.to_string(), what: what.into() };
+        let spec = LinkSpec::of(container);
+        match presence {
+            Presence::Present => {}
+            Presence::Lost => return Err(damaged("its link is gone")),
+            Presence::Leaving => return Err(damaged("it is being deleted")),
+        }
+        if *interface != spec.interface {
+            return Err(damaged(&format!("its interface is {}", spec.interface)));
+        }
+        if addr.is_some_and(|addr| addr != spec.addr) {
+            return Err(damaged(&format!("its address is {}", spec.addr)));
+        }
+        let seen = self.task.kernel.see(Scope::Links).await.map_err(|error| error.reason())?;
+        match seen.get(&Key::Link(spec.addr)) {
+            Some(Belief::Holds(Object::Link(link))) if *link == spec => Ok(spec),
+            Some(_) => Err(damaged("the cell's end of its link is not whole")),
+            None => Err(damaged("its link is gone")),
+        }
+    }
+}
+
+/// Lays the inner end of a new link. If that fails, or nobody waits for it any more, the container is deleted.
+pub(super) async fn lay_inside(
+    spec: LinkSpec,
+    namespace: Arc<OwnedFd>,
+    reply: Reply<LinkSpec>,
+    inbox: Inbox,
+    metrics: &Metrics,
+) {
+    let inner = spec.clone();
+    let began = std::time::Instant::now();
+    let laid = spawn_blocking(move || inside::lay(namespace.as_fd(), &inner)).await;
+    metrics.inside(began.elapsed());
+    let laid = laid.unwrap_or_else(|panic| Err(Reason::Bug { invariant: panic.to_string() }));
+    let (handle, answer) = (spec.handle.clone(), laid.map(|()| spec));
+    match answer {
+        Ok(spec) => {
+            info!(%handle, addr = %spec.addr, "container added");
+            if reply.send(Ok(spec)).is_err() {
+                warn!(%handle, "caller of ADD has gone; container deleted");
+                undo(&inbox, handle).await;
+            }
+        }
+        Err(why) => {
+            log(&why, &handle);
+            undo(&inbox, handle).await;
+            drop(reply.send(Err(why)));
+        }
+    }
+}
+
+async fn undo(inbox: &Inbox, handle: Handle) {
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    inbox.tell(Request::Delete { handle, reply }).await;
+    // What could not be removed is tried again by the cell's task, and logged there.
+    drop(answer.await);
+}
+
+fn log(why: &Reason, handle: &Handle) {
+    let level = match why.meaning().level {
+        reason::Level::Info => Level::INFO,
+        reason::Level::Warn => Level::WARN,
+        reason::Level::Error => Level::ERROR,
+    };
+    match level {
+        Level::ERROR => error!(%handle, %why, "container not added"),
+        Level::WARN => warn!(%handle, %why, "container not added"),
+        _ => info!(%handle, %why, "container not added"),
+    }
+}

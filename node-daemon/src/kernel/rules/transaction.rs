@@ -1,0 +1,127 @@
+//! The firewall's changes as one transaction, in the order that the kernel needs: what is referred to comes before what
+//! refers to it, and goes after it.
+
+use std::sync::Arc;
+
+use nf_tables::batch::{Batch, Transaction};
+use nf_tables::{Chain, Data, Element, Name};
+use weft_model::cell::{Belief, Change, Key, Object};
+use weft_model::firewall::{Content, Filled, Part};
+
+/// One change, with what it is about.
+struct Item<'a> {
+    key: &'a Key,
+    part: &'a Part,
+    was: Option<&'a Content>,
+    will: Option<&'a Content>,
+}
+
+/// `first`: the number of the first message. `anew`: the table is replaced.
+pub(super) fn transaction<'a>(
+    table: &Name,
+    first: u32,
+    anew: bool,
+    changes: impl IntoIterator<Item = &'a Change>,
+) -> Transaction<&'a Key> {
+    let items: Vec<Item<'_>> = changes.into_iter().filter_map(item).collect();
+    let mut batch = Batch::new(table, first);
+    for Item { key, part, will, .. } in &items {
+        if matches!((part, will), (Part::Table, Some(_))) {
+            batch.add_table(key);
+            if anew {
+                // Deleted if it was there, and made again.
+                batch.delete_table(key);
+                batch.add_table(key);
+            }
+        }
+    }
+    for (key, name, set) in items.iter().filter_map(Item::new_set) {
+        batch.add_set(&key, name, &set.set);
+    }
+    for (item, name, chain) in items.iter().filter_map(Item::laid_chain) {
+        if item.was.is_none() {
+            // Empty at first: chains lead to each other.
+            batch.add_chain(&item.key, name, &Chain { base: chain.base, rules: Vec::new() });
+        }
+    }
+    for (key, name, old) in items.iter().filter_map(Item::old_element) {
+        batch.delete_elements(&key, name, &[old]);
+    }
+    for (key, name, set) in items.iter().filter_map(Item::new_set) {
+        batch.add_ranges(&key, name, &set.ranges);
+    }
+    for (item, name, chain) in items.iter().filter_map(Item::laid_chain) {
+        batch.replace_rules(&item.key, name, &chain.rules);
+    }
+    for (key, name, new) in items.iter().filter_map(Item::new_element) {
+        batch.add_elements(&key, name, &[new]);
+    }
+    let gone = |item: &&Item<'_>| item.was.is_some() && item.will.is_none();
+    for Item { key, part, .. } in items.iter().filter(gone) {
+        if let Part::Chain(name) = part {
+            // Emptied at first, for the same reason.
+            batch.replace_rules(key, name, &[]);
+        }
+    }
+    for Item { key, part, .. } in items.iter().filter(gone) {
+        if let Part::Chain(name) = part {
+            batch.delete_chain(key, name);
+        }
+    }
+    for Item { key, part, .. } in items.iter().filter(gone) {
+        if let Part::Set(name) = part {
+            batch.delete_set(key, name);
+        }
+    }
+    batch.finish()
+}
+
+fn item(change: &Change) -> Option<Item<'_>> {
+    let Key::Firewall(part) = &change.key else { return None };
+    let was = match &change.was {
+        Some(Belief::Holds(object)) => content(object),
+        _ => None,
+    };
+    Some(Item { key: &change.key, part, was, will: change.will.as_ref().and_then(content) })
+}
+
+fn content(object: &Object) -> Option<&Content> {
+    match object {
+        Object::Firewall(content) => Some(content),
+        _ => None,
+    }
+}
+
+impl<'a> Item<'a> {
+    fn new_set(&self) -> Option<(&'a Key, &'a Name, &'a Arc<Filled>)> {
+        match (self.part, self.was, self.will) {
+            (Part::Set(name), None, Some(Content::Set(set))) => Some((self.key, name, set)),
+            _ => None,
+        }
+    }
+
+    fn laid_chain(&self) -> Option<(&Self, &'a Name, &'a Arc<Chain>)> {
+        match (self.part, self.will) {
+            (Part::Chain(name), Some(Content::Chain(chain))) => Some((self, name, chain)),
+            _ => None,
+        }
+    }
+
+    fn old_element(&self) -> Option<(&'a Key, &'a Name, Element)> {
+        self.was.and_then(|was| self.element(was))
+    }
+
+    fn new_element(&self) -> Option<(&'a Key, &'a Name, Element)> {
+        self.will.and_then(|will| self.element(will))
+    }
+
+    fn element(&self, content: &Content) -> Option<(&'a Key, &'a Name, Element)> {
+        match (self.part, content) {
+            (Part::Element(name, key), Content::Element(data)) => {
+                let data: Data = data.clone();
+                Some((self.key, name, Element { key: key.to_vec(), data }))
+            }
+            _ => None,
+        }
+    }
+}
