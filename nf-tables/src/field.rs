@@ -32,6 +32,7 @@ impl Field {
     ];
 
     /// Bytes.
+    #[expect(clippy::len_without_is_empty, reason = "no field is empty")]
     pub const fn len(self) -> u32 {
         match self {
             Self::Protocol | Self::IcmpType | Self::IcmpCode => 1,

@@ -238,7 +238,7 @@ mod tests {
                 let _ = Attributes(message.body).count();
                 rest = behind;
             }
-            let _ = Attributes(&bytes).map(|(_, value)| Attributes(value).count()).count();
+            let _: usize = Attributes(&bytes).map(|(_, value)| Attributes(value).count()).sum();
         }
     }
 

@@ -1,7 +1,13 @@
 //! What the kernel gives back is what it was given.
 
-use nf_tables::decode::{Body, Object};
-use nf_tables::{Data, Element, Field, Key, Ranges, Set, Target, request};
+use std::net::UdpSocket;
+use std::process::Command;
+
+use nf_tables::decode::{Body, Object, messages};
+use nf_tables::{
+    Base, Chain, Data, Dynamic, Element, Expression, Field, Header, Hook, Key, Kind, Ranges, Rule, Set, Slot,
+    Stateful, Target, Verdict, request,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -121,6 +127,106 @@ fn what_is_replaced_and_deleted() {
     batch.delete_table(&());
     assert_eq!(world.commit(batch), []);
     assert_eq!(world.list(), "");
+}
+
+/// What counts changes by itself; what it is does not.
+#[test]
+fn packets_change_nothing_that_is_read() {
+    let field = |field: Field| Key::from([field]);
+    let dynamic = |timeout| Some(Dynamic { size: 10, timeout });
+    let target = Target::Nothing;
+    let mut program = Program::default();
+    let both = [Stateful::Limit { rate: 1, burst: 2, over: false }, Stateful::Counter];
+    for (of, timeout, with) in [
+        ("timed", Some(3_600_000), &both[..]),
+        ("counts", None, &[Stateful::Counter]),
+        ("connections", None, &[Stateful::ConnectionsOver { count: 100 }]),
+        ("bare", Some(1_000_000), &[]),
+    ] {
+        let set =
+            Set { key: field(Field::Ipv4), target: target.clone(), ranges: false, dynamic: dynamic(timeout) };
+        program.sets.insert(name(of), (set, Filled::default()));
+        let expressions = vec![
+            Expression::Stateful(Stateful::Limit { rate: 1000, burst: 50, over: false }),
+            Expression::Payload { header: Header::Network, offset: 16, len: 4, to: Slot(0) },
+            Expression::Update { set: name(of), key: Slot(0), with: with.to_vec() },
+            Expression::Stateful(Stateful::Counter),
+        ];
+        let base = Some(Base { kind: Kind::Filter, hook: Hook::Output, priority: 0 });
+        let rules = vec![Rule { expressions, comment: of.to_owned() }];
+        program.chains.push((name(&format!("sends-{of}")), Chain { base, rules }));
+    }
+    let mut world = World::new();
+    world.load(&program);
+    world.enter(|| {
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip");
+        assert!(up.success());
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        socket.send_to(b"x", "127.0.0.1:9").expect("sent");
+    });
+    let listed = world.list();
+    // An ICMP answer may be counted as well.
+    assert!(!listed.contains("packets 0 bytes 0 comment \"counts\""), "{listed}");
+    for (of, (_, filled)) in &mut program.sets {
+        let of_connections = *of == name("connections");
+        // A packet that is over no limit ends the rule, but it is in the set.
+        assert!(!of_connections || listed.contains("ct count over 100"), "{listed}");
+        filled.elements = vec![Element { key: vec![127, 0, 0, 1], data: Data::Nothing }];
+    }
+    assert_eq!(sorted(world.see()), sorted(program));
+}
+
+#[test]
+fn an_element_anew() {
+    let mut world = World::new();
+    world.load(&crate::listing::program());
+    let element = |to| Element { key: vec![10, 255, 1, 2], data: Data::Verdict(to) };
+    let mut batch = world.batch();
+    batch.delete_elements(&(), &name("profiles"), &[element(Verdict::Goto(name("leaf")))]);
+    batch.add_elements(&(), &name("profiles"), &[element(Verdict::Drop)]);
+    assert_eq!(world.commit(batch), []);
+    let seen = world.see().sets.remove(&name("profiles")).expect("the map").1;
+    assert!(seen.elements.contains(&element(Verdict::Drop)) && seen.elements.len() == 3);
+}
+
+#[test]
+fn a_table_anew_whether_it_is_there_or_not() {
+    let program = crate::listing::program();
+    let mut world = World::new();
+    for _ in 0..2 {
+        let mut batch = world.batch();
+        batch.add_table(&String::new());
+        batch.delete_table(&String::new());
+        program.load(&mut batch);
+        assert_eq!(world.commit(batch), []);
+        assert_eq!(sorted(world.see()), sorted(program.clone()));
+    }
+}
+
+#[test]
+fn damaged_dumps_are_read_without_harm() {
+    let mut world = World::new();
+    world.load(&crate::listing::program());
+    let table = World::table();
+    let mut dumps = world.raw(request::chains);
+    dumps.extend(world.raw(|sequence| request::rules(&table, sequence)));
+    dumps.extend(world.raw(|sequence| request::sets(&table, sequence)));
+    dumps.extend(world.raw(|sequence| request::elements(&table, &name("wide"), sequence)));
+    dumps.extend(world.raw(|sequence| request::elements(&table, &name("profiles"), sequence)));
+    dumps.extend(world.raw(request::generation));
+    let mut read = 0;
+    for dump in &mut dumps {
+        for at in 0..dump.len() {
+            let byte = dump[at];
+            dump[at] = byte ^ [0x01, 0x04, 0x80, 0xff][at % 4];
+            read += messages(dump).count();
+            dump[at] = byte;
+            if at % 4 == 0 {
+                read += messages(&dump[..at]).count();
+            }
+        }
+    }
+    assert!(read > 10_000);
 }
 
 #[test]

@@ -91,6 +91,17 @@ impl World {
         }
     }
 
+    /// What is read of a dump, as it comes.
+    pub(crate) fn raw(&mut self, request: impl FnOnce(u32) -> Vec<u8>) -> Vec<Vec<u8>> {
+        self.socket.send(&request(1), 0).expect("sent");
+        let read = || match self.socket.recv_from_full() {
+            Ok((buffer, _)) => Some(buffer),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            Err(error) => panic!("{error}"),
+        };
+        std::iter::from_fn(read).collect()
+    }
+
     /// A dump's messages, or the one answer.
     pub(crate) fn ask(&mut self, request: impl FnOnce(u32) -> Vec<u8>) -> Vec<Message> {
         self.sequence += 1;
@@ -129,7 +140,7 @@ impl World {
         self.drain(listener)
     }
 
-    fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let there = || {
             setns(self.namespace.as_fd(), CloneFlags::CLONE_NEWNET).expect("entered");
             work()
