@@ -243,6 +243,14 @@ mod tests {
     }
 
     #[test]
+    fn the_last_one_needs_no_filling() {
+        let bytes = [&6_u16.to_ne_bytes()[..], &1_u16.to_ne_bytes(), &[7, 8]].concat();
+        assert_eq!(Attributes(&bytes).collect::<Vec<_>>(), [(1, &[7, 8][..])]);
+        let longer = [&7_u16.to_ne_bytes()[..], &bytes[2..]].concat();
+        assert_eq!(Attributes(&longer).count(), 0);
+    }
+
+    #[test]
     fn a_flag_is_added_to_the_message_it_is_for() {
         let mut out = Writer::default();
         out.message(HEAD, |_| ());
