@@ -228,6 +228,22 @@ impl Cell {
         Ok(container)
     }
 
+    /// Gives a container another profile. Its established connections stay.
+    pub fn assign(&mut self, handle: &Handle, profile: Arc<Known>) -> Result<(), Reason> {
+        let unknown = || Reason::UnknownContainer { handle: handle.to_string() };
+        let (container, presence) = self.inputs.roster.get(handle).ok_or_else(unknown)?;
+        let digest = profile.digest();
+        if container.profile == Some(digest) || presence == Presence::Leaving {
+            return Ok(());
+        }
+        if self.inputs.roster.profile(digest).is_none() {
+            self.record(Record::Profile(profile));
+        }
+        self.record(Record::Assigned(handle.clone(), digest));
+        self.replan(Unit::Container(handle.clone()));
+        Ok(())
+    }
+
     /// Frees ports whose holders' namespaces have ended without a delete; refuses those that are in use.
     fn take_ports(&mut self, ports: &[PortMapping]) -> Result<(), Reason> {
         let holders = ports.iter().filter_map(|mapping| {
@@ -295,6 +311,7 @@ impl Cell {
         let roster = &self.inputs.roster;
         let profile = match &record {
             Record::Profile(known) => Some(known.digest()),
+            Record::Assigned(handle, _) => roster.get(handle).and_then(|(container, _)| container.profile),
             Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.profile),
             Record::Present(_) | Record::Leaving(_) | Record::Free(_) => None,
         };

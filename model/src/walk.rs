@@ -34,6 +34,8 @@ pub enum Move {
     /// With the profile of this number; and some have a mapped port.
     Add(u8, u8),
     Drop(u8),
+    /// The container of the first number gets the profile of the second.
+    Assign(u8, u8),
     Guard(bool),
     /// Another device leads to the world.
     Way(bool),
@@ -80,6 +82,7 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
         1 => any::<bool>().prop_map(Move::Guard),
         1 => any::<bool>().prop_map(Move::Way),
         4 => (0u8..6).prop_map(Move::Drop),
+        2 => (0u8..6, 0u8..2).prop_map(|(n, profile)| Move::Assign(n, profile)),
         2 => Just(Move::Forget),
         3 => accident.prop_map(Move::Accident),
         8 => wave,
@@ -181,6 +184,8 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
         Move::Add(n, kind) => {
             return cell.add(wanted_as(*n, *kind)).ok().map(|container| container.handle.clone());
         }
+        // A container that is not there cannot be given anything.
+        Move::Assign(n, kind) => drop(cell.assign(&handle(*n), Arc::new(profile(*kind).into()))),
         Move::Drop(n) => {
             let _: Dropped = cell.drop(&handle(*n));
         }

@@ -17,6 +17,7 @@ pub mod kernel;
 pub mod lease_stream;
 pub mod metrics;
 pub mod overlay;
+pub mod profiles;
 pub mod report;
 pub mod run;
 pub mod snapshot;

@@ -23,6 +23,8 @@ pub enum Record {
     Profile(Arc<Known>),
     /// The container is wanted, and holds its address.
     Present(Arc<Container>),
+    /// The container has another profile now.
+    Assigned(Handle, Digest),
     /// The container is wanted no more; its link may still be there, so name and address stay taken.
     Leaving(Handle),
     /// The link with this address is gone from the kernel. The address rests until its connections are gone too.
@@ -72,6 +74,15 @@ impl Roster {
                     self.by_addr.insert(container.addr, container.handle.clone());
                     self.containers
                         .insert(container.handle.clone(), (Arc::clone(container), Presence::Present));
+                }
+            }
+            Record::Assigned(handle, digest) => {
+                if let Some((container, _)) = self.containers.get_mut(handle)
+                    && let Some((_, users)) = self.profiles.get_mut(digest)
+                {
+                    *users += 1;
+                    let before = Arc::make_mut(container).profile.replace(*digest);
+                    self.leave_profile(before);
                 }
             }
             Record::Leaving(handle) => {

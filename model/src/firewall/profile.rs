@@ -75,7 +75,7 @@ pub fn profile(
     planned.push(chain(&egress_chain(digest), egress));
     let services = this.services(&mut planned);
     planned.push(chain(&services_chain(digest), services));
-    let kept = profile.settings.no_masquerade.unwrap_or(overlay.get());
+    let kept = profile.settings.no_masquerade.unwrap_or_else(|| overlay.get());
     planned.push(chain(&translation_chain(digest), translation(kept)));
     planned
 }

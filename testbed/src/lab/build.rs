@@ -112,7 +112,7 @@ impl Lab {
                 make(cell.directory.join(directory))?;
             }
             authority.node()?.write(&cell.directory, "identity")?;
-            cell.install_plugin()?;
+            cell.install_plugin(&options.plugin)?;
         }
         let saved = Saved {
             programs: options.programs.clone(),
