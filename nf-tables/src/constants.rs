@@ -1,5 +1,6 @@
 //! Every number of the wire format that is written or looked for, with the Linux version that brought it: the one place
-//! to see what the oldest kernel must know. A test refuses what is newer than 5.15.
+//! to see what the oldest kernel must know. A test refuses what is newer than 5.15. (Versions before 5.0 were not looked
+//! up one by one: they may be off by one or two.)
 //!
 //! Names and values are those of linux/netlink.h, linux/netfilter.h, linux/netfilter/{nfnetlink,nf_tables,nf_nat}.h;
 //! names of expressions those that net/netfilter registers. The user data (`NFTNL_UDATA_*`) is not read by the kernel:
@@ -57,7 +58,7 @@ constants! {
         NFNL_MSG_BATCH_BEGIN = NLMSG_MIN_TYPE;
         NFNL_MSG_BATCH_END = NLMSG_MIN_TYPE + 1;
     }
-    (4, 12) u16 { NFNL_BATCH_GENID = 1; }
+    (4, 11) u16 { NFNL_BATCH_GENID = 1; }
 
     // Messages.
     (3, 13) u16 {
@@ -265,10 +266,8 @@ constants! {
         NFTA_LIMIT_BURST = 3;
         NFTA_LIMIT_TYPE = 4;
     }
-    (4, 5) u16 {
-        NFTA_LIMIT_FLAGS = 5;
-        NFTA_MASQ_REG_PROTO_MIN = 2;
-    }
+    (4, 5) u16 { NFTA_LIMIT_FLAGS = 5; }
+    (4, 6) u16 { NFTA_MASQ_REG_PROTO_MIN = 2; }
     (4, 8) u16 { NFTA_LOOKUP_FLAGS = 5; }
     (4, 18) u16 {
         NFTA_CONNLIMIT_COUNT = 1;
@@ -296,6 +295,7 @@ constants! {
     (3, 18) u32 { NFT_REJECT_ICMPX_UNREACH = 2; }
     (3, 18) u8 { NFT_REJECT_ICMPX_PORT_UNREACH = 1; }
     (4, 1) u32 { NFT_DYNSET_OP_UPDATE = 1; }
+    (5, 11) u32 { NFT_DYNSET_F_EXPR = 2; }
     (4, 3) u32 { NFT_LIMIT_PKTS = 0; }
     (4, 5) u32 { NFT_LIMIT_F_INV = 1; }
     (4, 8) u32 { NFT_LOOKUP_F_INV = 1; }
