@@ -23,8 +23,8 @@ use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
     AddRequest, AddResponse, CheckRequest, CheckResponse, ConnectionRate, DeleteRequest, DeleteResponse,
-    DenyNetworks, HostService, Network, OutboundConnections, PortMapping, Settings, StatusRequest,
-    StatusResponse, Transport,
+    DenyNetworks, ExplainRequest, ExplainResponse, HostService, Network, OutboundConnections, PortMapping,
+    Settings, StatusRequest, StatusResponse, Transport,
 };
 use weft_proto::status::to_status;
 
@@ -72,6 +72,10 @@ impl Containers for Node {
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
         self.arrived.lock().unwrap().deletes.push(request.into_inner());
         self.answer(DeleteResponse {})
+    }
+
+    async fn explain(&self, _: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
+        Err(Status::unimplemented("a plugin does not ask"))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

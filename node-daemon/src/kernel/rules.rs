@@ -102,22 +102,20 @@ impl RulesSocket {
             let mut again = false;
             'answers: loop {
                 for message in self.read()? {
-                    let ends = message.sequence == last;
+                    let whole = message.sequence == begin;
+                    let ends = whole || message.sequence == last;
                     match message.body {
                         Body::Refused(refusal) => {
+                            again |= whole && [ERESTART, EAGAIN, EINTR].contains(&refusal.errno);
                             let owner = transaction.owner(message.sequence).map(|key| Key::clone(key));
-                            let passed = [ERESTART, EAGAIN, EINTR].contains(&refusal.errno);
-                            if message.sequence == begin && passed {
-                                again = true;
-                                break 'answers;
-                            }
-                            if owner.is_some() || message.sequence == begin {
+                            if owner.is_some() || whole {
                                 refusals.push((owner, refusal));
                             }
                         }
                         Body::Acknowledged => {}
                         _ => continue,
                     }
+                    // What is said of the transaction as a whole may be all that is said.
                     if ends {
                         break 'answers;
                     }
