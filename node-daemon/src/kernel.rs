@@ -12,6 +12,7 @@
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  events    notifications               conntrack connections of a former address
+//!  ruleset_events    notifications on nf_tables
 //! ```
 
 pub mod conntrack;
@@ -22,6 +23,7 @@ pub mod inside;
 mod lay;
 mod message;
 mod rules;
+pub mod ruleset_events;
 mod see;
 mod socket;
 mod sysctl;

@@ -46,7 +46,10 @@ fn rule(protocol: u8, first: &str, last: &str, ports: (u16, u16)) -> Value {
 
 /// Lets a container reach the world on one port.
 fn asks(handle: &str) -> Request {
-    Request { net_out_rules: json!([rule(1, "10.0.0.1", "10.0.0.1", (OPEN_PORT, OPEN_PORT))]), ..Request::app(handle) }
+    Request {
+        net_out_rules: json!([rule(1, "10.0.0.1", "10.0.0.1", (OPEN_PORT, OPEN_PORT))]),
+        ..Request::app(handle)
+    }
 }
 
 fn added(cell: &Cell, request: &Request) -> Container {
@@ -193,7 +196,11 @@ fn what_garden_asks_for_is_what_packets_meet() {
     assert_eq!(told["mapped_to"], format!("{}:{ECHO_PORT}", server.addr), "{told}");
 
     one.del("server").unwrap();
-    assert_eq!(connect(&lab.underlay, one.underlay, 61000), Seen::Refused, "the port goes with its container");
+    assert_eq!(
+        connect(&lab.underlay, one.underlay, 61000),
+        Seen::Refused,
+        "the port goes with its container"
+    );
     assert_eq!(lab.complaints(&[]), Vec::<String>::new());
 }
 
@@ -206,7 +213,8 @@ fn a_flood_of_forbidden_syns_never_gets_through() {
     let closed = Counter::at(&lab.underlay, CLOSED_PORT);
     let stays = added(cell, &asks("stays"));
     let flood = Flood::from(&stays);
-    let times = |name: &str, otherwise: usize| std::env::var(name).map_or(otherwise, |text| text.parse().unwrap());
+    let times =
+        |name: &str, otherwise: usize| std::env::var(name).map_or(otherwise, |text| text.parse().unwrap());
     for n in 0..times("WEFT_FLOOD_ADDS", 200) {
         let handle = format!("comes-{n}");
         let container = cell.add(&asks(&handle)).unwrap();
