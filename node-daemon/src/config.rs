@@ -1,6 +1,7 @@
 //! The configuration file, parsed into values that cannot be wrong.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -13,6 +14,7 @@ use weft_model::cell::CellConfig;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
 
 use crate::cell::Underlay;
+use crate::guard;
 
 /// One JSON object; every field but the first group has a default. docs/operating.md describes them for people.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -69,6 +71,12 @@ pub struct Config {
     /// The NFLOG group through which the kernel passes the traffic log: nobody else on the machine may read it.
     #[serde(default = "default::nflog_group")]
     pub nflog_group: u16,
+    /// The backend for the two rules at the end of iptables' chains; `auto`: the one that the cell uses already.
+    #[serde(default)]
+    pub iptables_backend: guard::Wish,
+    /// Where iptables is, if it is not to be looked for: Garden's own.
+    #[serde(default)]
+    pub iptables_directory: Option<PathBuf>,
     /// Health and metrics, plain HTTP on loopback.
     #[serde(default = "default::health_address")]
     pub health_address: SocketAddr,
@@ -160,6 +168,11 @@ impl Config {
             ways: self.underlay_interface_names.clone(),
             addresses: if self.underlay_ips.is_empty() { own() } else { self.underlay_ips.clone() },
         }
+    }
+
+    pub fn guard(&self, path: Option<&OsStr>) -> guard::Config {
+        let directories = guard::directories(self.iptables_directory.as_deref(), path);
+        guard::Config { backend: self.iptables_backend, directories }
     }
 
     pub fn wants(&self) -> SubnetKind {

@@ -7,7 +7,7 @@
 //! iptables itself: as native expressions they would make iptables' nft backend unusable on the whole cell.
 //!
 //! Owns: these two rules. Woken by the kernel's notifications on the ruleset (nft backend), by the clock, and by
-//! programs that end. Emits [`Guard`]: while the rule in INPUT is not known to be there our program has to refuse by
+//! programs that end. Emits [`Guard`](weft_model::firewall::Guard): while the rule in INPUT is not known to be there our program has to refuse by
 //! itself. Nothing is removed when the task ends.
 //!
 //! ```text
@@ -31,20 +31,11 @@ use tracing::{error, info, warn};
 pub use backend::Wish;
 pub use program::directories;
 pub use rule::{Mark, Rule};
+pub use weft_model::firewall::Guard;
 
 use crate::kernel::ruleset_events::{self, Event as Notification};
 use machine::{Act, Event, Job, Machine, Tale};
 use rule::Touch;
-
-/// Who refuses what containers send to the cell itself.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Guard {
-    /// Our own program: the rule in INPUT is not known to be there.
-    #[default]
-    Ours,
-    /// The rule in INPUT, after those of operators.
-    Iptables,
-}
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {

@@ -13,15 +13,17 @@ use tracing::info;
 use weft_daemon::http::{self, Health};
 use weft_daemon::tls::TlsError;
 use weft_model::cell::{Cell, VXLAN_OVERHEAD};
+use weft_model::firewall::Guard;
 use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
 use crate::cell::Task;
 use crate::config::Config;
+use crate::guard;
 use crate::inbox::inbox;
 use crate::journal::Journal;
-use crate::kernel::{Kernel, Netlink, events};
+use crate::kernel::{Kernel, Netlink, events, ruleset_events};
 use crate::lease_stream::{Controllers, LeaseStream};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
@@ -59,6 +61,7 @@ pub async fn run(config: Config) -> Result<()> {
     );
     // Listening before the first look, so that nothing falls between.
     let events = events::watch(config.vtep_name.clone(), device.index)?;
+    let touched = ruleset_events::touches(kernel.rules_port())?;
 
     let mut registry = Registry::default();
     let metrics = Arc::new(Metrics::new(&mut registry));
@@ -77,8 +80,8 @@ pub async fn run(config: Config) -> Result<()> {
         });
     }
     let (inbox, waiting) = inbox();
-    let (_guard, guard) = watch::channel(weft_model::firewall::Guard::Ours);
-    let touched = futures::stream::pending();
+    let (guards, guard) = watch::channel(Guard::Ours);
+    tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
     let mut cell = Cell::new(config.cell());
     cell.replay(records);
     let task = Task {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use weft_model::firewall;
+
 use crate::kernel::ruleset_events::{Event, Kind, Notice, Object, family};
 
 /// What every rule of ours begins its comment with.
@@ -49,8 +51,8 @@ impl Rule {
     pub const fn mark(self) -> Mark {
         match self {
             // The ingress mark 0xffff0000 has every high bit: the whole byte must be compared.
-            Self::Input => Mark { value: 0x0100_0000, mask: 0xff00_0000 },
-            Self::Forward => Mark { value: 0x0200_0000, mask: 0x0200_0000 },
+            Self::Input => Mark { value: firewall::REFUSED, mask: firewall::REFUSED_MASK },
+            Self::Forward => Mark { value: firewall::ALLOWED, mask: firewall::ALLOWED },
         }
     }
 

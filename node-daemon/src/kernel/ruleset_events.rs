@@ -7,10 +7,12 @@
 use std::collections::VecDeque;
 use std::io;
 
-use futures::stream::{Stream, unfold};
+use futures::future::ready;
+use futures::stream::{Stream, StreamExt, unfold};
 use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, NlasIterator};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use tokio::io::unix::AsyncFd;
+use weft_model::firewall::TABLE;
 
 use super::KernelError;
 use super::socket::NetlinkSocket;
@@ -70,6 +72,18 @@ pub mod family {
 struct Watch {
     socket: AsyncFd<NetlinkSocket<Message>>,
     ready: VecDeque<Event>,
+}
+
+/// That somebody else changed the firewall's table, or may have. `own`: the port of the socket that we change it by.
+pub fn touches(own: u32) -> Result<impl Stream<Item = ()> + Send + 'static, KernelError> {
+    let concerns = move |event| match event {
+        Event::Changed(Notice { family: family::INET, table, by_port, .. }) => {
+            table == TABLE && by_port != own
+        }
+        Event::Changed(_) => false,
+        Event::Lost => true,
+    };
+    Ok(watch()?.filter_map(move |event| ready(concerns(event).then_some(()))))
 }
 
 /// Starts to listen at once, in the network namespace of the calling thread; needs a tokio runtime. The stream does
