@@ -20,6 +20,7 @@ pub mod events;
 pub mod inside;
 mod lay;
 mod message;
+pub mod nflog;
 mod see;
 mod socket;
 mod sysctl;
