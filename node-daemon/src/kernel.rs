@@ -11,6 +11,7 @@
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  events    notifications               conntrack connections of a former address
+//!  nflog     what the firewall decided
 //! ```
 
 pub mod conntrack;
