@@ -16,7 +16,7 @@ use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
 use netlink_sys::protocols::NETLINK_NETFILTER;
-use nix::libc::EBUSY;
+use nix::libc::{EBUSY, EPERM};
 use tokio::io::unix::AsyncFd;
 use weft_model::traffic::{Decision, Packet, Record};
 
@@ -66,7 +66,8 @@ pub fn listen(group: u16) -> Result<impl Stream<Item = Event> + Send, NflogError
     let outcomes = socket.batch(vec![(bind(group), 0)]).map_err(refused)?;
     for outcome in outcomes {
         outcome.map_err(|refusal| match refusal.errno {
-            EBUSY => NflogError::Taken { group },
+            // EPERM is another socket's group: without the rights to ask, opening ours would have failed.
+            EPERM | EBUSY => NflogError::Taken { group },
             _ => refused(refusal.into()),
         })?;
     }
@@ -157,4 +158,34 @@ fn time(stamp: &TimeStamp) -> Option<SystemTime> {
     let seconds = Duration::from_secs(u64::from_be_bytes(*seconds));
     let micros = Duration::from_micros(u64::from_be_bytes(*micros));
     SystemTime::UNIX_EPOCH.checked_add(seconds.checked_add(micros)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_time_is_read() {
+        let bytes = [1_500_923_950_u64.to_be_bytes(), 331_232_u64.to_be_bytes()].concat();
+        let stamp = TimeStamp::parse(&bytes).expect("a time");
+        let since = time(&stamp).and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        assert_eq!(since, Some(Duration::new(1_500_923_950, 331_232_000)));
+        let never = TimeStamp::parse(&[0xff; 16]).expect("a time");
+        assert_eq!(time(&never), None);
+    }
+
+    #[test]
+    fn gaps_in_the_numbers_are_lost_records() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        let _inside = runtime.enter();
+        let socket = NetlinkSocket::open(NETLINK_NETFILTER, 0).expect("socket");
+        #[expect(deprecated, reason = "as above")]
+        let socket = AsyncFd::new(socket).expect("registered");
+        let mut watch = Watch { socket, next: u32::MAX - 1, ready: VecDeque::new() };
+        for number in [u32::MAX - 1, 2, 3] {
+            watch.take(&[PacketNla::Seq(number)], SystemTime::UNIX_EPOCH);
+        }
+        let foreign = Event::Foreign;
+        assert_eq!(watch.ready, [foreign.clone(), Event::Lost(3), foreign.clone(), foreign]);
+    }
 }
