@@ -23,5 +23,6 @@ pub mod link;
 pub mod profile;
 pub mod reason;
 pub mod subnet;
+pub mod traffic;
 #[cfg(feature = "walk")]
 pub mod walk;

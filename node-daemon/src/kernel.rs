@@ -13,6 +13,7 @@
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  events    notifications               conntrack connections of a former address
 //!  ruleset_events    notifications on nf_tables
+//!  nflog     what the firewall decided
 //! ```
 
 pub mod conntrack;
@@ -22,6 +23,7 @@ pub mod events;
 pub mod inside;
 mod lay;
 mod message;
+pub mod nflog;
 mod rules;
 pub mod ruleset_events;
 mod see;

@@ -11,6 +11,7 @@ pub mod api;
 pub mod calls;
 pub mod cell;
 pub mod config;
+pub mod flow_log;
 pub mod guard;
 pub mod inbox;
 pub mod journal;
