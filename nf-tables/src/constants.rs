@@ -43,6 +43,7 @@ constants! {
         NLA_F_NET_BYTEORDER = 0x4000;
     }
     (3, 1) u16 { NLM_F_DUMP_INTR = 0x10; }
+    (4, 1) u16 { NFTA_SET_ELEM_EXPR = 7; }
     (4, 3) u16 { NLM_F_CAPPED = 0x100; }
     (4, 12) u16 {
         NLM_F_ACK_TLVS = 0x200;
@@ -224,6 +225,7 @@ constants! {
         NFTA_LOOKUP_SET = 1;
         NFTA_LOOKUP_SREG = 2;
         NFTA_LOOKUP_DREG = 3;
+        NFTA_COUNTER_PACKETS = 2;
         NFTA_LIMIT_RATE = 1;
         NFTA_LIMIT_UNIT = 2;
         NFTA_LOG_GROUP = 1;

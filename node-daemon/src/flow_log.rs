@@ -11,7 +11,6 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -23,8 +22,11 @@ use std::time::{Instant, SystemTime};
 use futures::stream::{Stream, StreamExt};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
-use weft_model::container::{Container, Handle, Owner};
-use weft_model::traffic::{Record, Suppressed, Suppression, Totals};
+use weft_model::cell::Roster;
+use weft_model::container::Container;
+use weft_model::firewall::explain::rule_behind;
+use weft_model::profile::Known;
+use weft_model::traffic::{Decision, Protocol, Record, Suppressed, Suppression, Totals};
 
 use crate::kernel::nflog::Event;
 
@@ -38,10 +40,6 @@ pub use line::{Host, Timestamps};
 use file::{LogFile, Turn};
 use line::Writer;
 
-/// Configuration: `traffic_log_group` and `traffic_log_file`. No file is no traffic log.
-pub const DEFAULT_GROUP: u16 = 2312;
-pub const DEFAULT_FILE: &str = "/var/vcap/sys/log/weft-node/traffic.log";
-
 /// Lines that wait for the file: some 2 MiB.
 const QUEUE: usize = 8192;
 /// Lines that are written together.
@@ -54,39 +52,34 @@ pub struct Settings {
     pub host: Host,
 }
 
-/// Whose an address is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Who {
-    pub handle: Handle,
-    pub owner: Owner,
-}
-
 /// What is known of the cell's containers, and of the rules that they are under.
 #[derive(Debug, Clone, Default)]
 pub struct Directory {
-    pub by_addr: BTreeMap<Ipv4Addr, Who>,
-    /// None: lines name no rule.
-    pub explain: Option<Arc<dyn Explain>>,
+    pub by_addr: BTreeMap<Ipv4Addr, Entered>,
 }
 
-/// Which rule decided.
-pub trait Explain: fmt::Debug + Send + Sync {
-    fn rule(&self, record: &Record) -> Option<String>;
+#[derive(Debug, Clone)]
+pub struct Entered {
+    pub container: Arc<Container>,
+    pub profile: Option<Arc<Known>>,
 }
 
 impl Directory {
-    pub fn of<'a>(
-        containers: impl IntoIterator<Item = &'a Container>,
-        explain: Option<Arc<dyn Explain>>,
-    ) -> Self {
-        let who = |container: &Container| {
-            (container.addr.get(), Who { handle: container.handle.clone(), owner: container.owner.clone() })
+    pub fn of(roster: &Roster) -> Self {
+        let entered = |(container, _): (&Arc<Container>, _)| {
+            let profile = container.profile.and_then(|digest| roster.profile(digest)).cloned();
+            (container.addr.get(), Entered { container: Arc::clone(container), profile })
         };
-        Self { by_addr: containers.into_iter().map(who).collect(), explain }
+        Self { by_addr: roster.iter().map(entered).collect() }
     }
 
-    pub fn identify(&self, addr: Ipv4Addr) -> Option<&Who> {
-        self.by_addr.get(&addr)
+    pub fn identify(&self, addr: Ipv4Addr) -> Option<&Container> {
+        self.by_addr.get(&addr).map(|entered| &*entered.container)
+    }
+
+    fn rule(&self, record: &Record) -> Option<String> {
+        let entered = self.by_addr.get(&record.container())?;
+        rule_behind(entered.profile.as_ref()?.profile(), record.decision, &record.packet)
     }
 }
 
@@ -247,7 +240,7 @@ impl Scribe {
         let directory = &entry.directory;
         match &entry.told {
             Told::Decided(record) => {
-                let rule = directory.explain.as_ref().and_then(|explain| explain.rule(record));
+                let rule = directory.rule(record);
                 self.writer.decided(record, directory.identify(record.container()), rule)
             }
             Told::Suppressed(suppressed, at) => {
@@ -260,7 +253,9 @@ impl Scribe {
         let counters = &self.shared.counters;
         let mut suppression = self.shared.suppression();
         for entry in written {
-            if let Told::Decided(record) = &entry.told {
+            if let Told::Decided(record) = &entry.told
+                && is_limited(record)
+            {
                 suppression.printed((record.container(), record.decision), 1);
             }
             counters.written.inc();
@@ -275,6 +270,12 @@ impl Scribe {
             }
         }
     }
+}
+
+/// Whether the kernel counts what is told here: of what is allowed, it limits the lines of UDP only.
+fn is_limited(record: &Record) -> bool {
+    const UDP: Protocol = Protocol(17);
+    record.decision != Decision::Allowed || record.packet.protocol == UDP
 }
 
 #[cfg(test)]

@@ -126,7 +126,7 @@ impl Flood {
             let mut n = 0_u32;
             while !stopped.load(Ordering::Relaxed) {
                 // Mostly the forbidden one; whatever comes of it is counted at the other end.
-                let port = if n % 16 == 0 { OPEN_PORT } else { CLOSED_PORT };
+                let port = if n.is_multiple_of(16) { OPEN_PORT } else { CLOSED_PORT };
                 let to = SocketAddrV4::new(WORLD, port).into();
                 drop(TcpStream::connect_timeout(&to, Duration::from_millis(20)));
                 n = n.wrapping_add(1);

@@ -66,7 +66,7 @@ fn what_goes_is_announced() {
         }
     }
     let data = Data::Verdict(Verdict::Goto(name("leaf")));
-    let element = Found { key: vec![10, 255, 1, 2], end: None, data };
+    let element = Found { key: vec![10, 255, 1, 2], end: None, data, counted: None };
     let elements = Gone::Elements { set: "profiles".to_owned(), elements: vec![Ok(element)] };
     assert!(gone.contains(&&elements), "{gone:?}");
     assert!(gone.contains(&&Gone::Chain { name: "postrouting".to_owned() }), "{gone:?}");

@@ -6,9 +6,11 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use weft_model::address::UnderlayAddr;
+use weft_model::container::Container;
+use weft_model::firewall::{ALLOWED, INGRESS};
 use weft_model::traffic::{Decision, Direction, Record, Suppressed};
 
-use super::{Lost, Who};
+use super::Lost;
 
 const SOURCE: &str = "cfnetworking.iptables";
 /// The rule of the decisions that no security group makes.
@@ -105,7 +107,7 @@ struct Count {
 
 impl Writer {
     /// One decision. `rule`: the one that decided, if it is known.
-    pub(super) fn decided(&self, record: &Record, who: Option<&Who>, rule: Option<String>) -> String {
+    pub(super) fn decided(&self, record: &Record, who: Option<&Container>, rule: Option<String>) -> String {
         let direction = record.direction();
         let allowed = record.decision.allows();
         let packet = record.packet;
@@ -117,7 +119,7 @@ impl Writer {
             src_port: packet.source_port.unwrap_or_default(),
             dst_port: packet.destination_port.unwrap_or_default(),
             protocol: packet.protocol.to_string(),
-            mark: if record.mark == 0 { String::new() } else { format!("{:#x}", record.mark) },
+            mark: mark(record.mark),
             icmp_type: packet.icmp_kind.unwrap_or_default(),
             icmp_code: packet.icmp_code.unwrap_or_default(),
         };
@@ -128,7 +130,12 @@ impl Writer {
     }
 
     /// So many more, of which no line tells.
-    pub(super) fn suppressed(&self, suppressed: Suppressed, who: Option<&Who>, at: SystemTime) -> String {
+    pub(super) fn suppressed(
+        &self,
+        suppressed: Suppressed,
+        who: Option<&Container>,
+        at: SystemTime,
+    ) -> String {
         let Suppressed { decision, count, .. } = suppressed;
         let direction = decision.direction();
         let count = Count {
@@ -146,7 +153,7 @@ impl Writer {
         self.line(at, "lost".into(), Data { lost: Some(lost), ..Data::default() })
     }
 
-    fn data<'a>(&'a self, direction: Direction, who: Option<&'a Who>) -> Data<'a> {
+    fn data<'a>(&'a self, direction: Direction, who: Option<&'a Container>) -> Data<'a> {
         let owner = who.map(|who| &who.owner);
         let party = Party {
             container_id: who.map_or("", |who| who.handle.as_str()),
@@ -171,6 +178,14 @@ impl Writer {
         let line = Line { timestamp, level, source: SOURCE, message, log_level, data };
         let text = serde_json::to_string(&line);
         text.unwrap_or_else(|_| unreachable!("texts and numbers are JSON")) + "\n"
+    }
+}
+
+/// As the policy has it: without the bit that says that our program let the packet through.
+fn mark(mark: u32) -> String {
+    match if mark == INGRESS { mark } else { mark & !ALLOWED } {
+        0 => String::new(),
+        mark => format!("{mark:#x}"),
     }
 }
 

@@ -10,7 +10,9 @@ use std::time::Duration;
 use futures::stream;
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
-use weft_model::traffic::{Decision, Packet};
+use weft_model::address::OverlayAddr;
+use weft_model::container::Owner;
+use weft_model::traffic::Packet;
 
 const CONTAINER: Ipv4Addr = Ipv4Addr::new(10, 255, 30, 2);
 
@@ -37,17 +39,17 @@ fn records(count: usize) -> impl Stream<Item = Event> {
 }
 
 fn directory() -> Arc<Directory> {
-    let who = Who { handle: "handle-1".parse().expect("handle"), owner: Owner::default() };
-    Arc::new(Directory { by_addr: [(CONTAINER, who)].into(), explain: Some(Arc::new(Always)) })
-}
-
-#[derive(Debug)]
-struct Always;
-
-impl Explain for Always {
-    fn rule(&self, record: &Record) -> Option<String> {
-        Some(format!("no rule for {}", record.packet.destination))
-    }
+    let container = Container {
+        handle: "handle-1".parse().expect("handle"),
+        addr: OverlayAddr::new(CONTAINER),
+        interface: "eth0".parse().expect("name"),
+        mtu: 1450,
+        owner: Owner::default(),
+        ports: Vec::new(),
+        profile: None,
+    };
+    let entered = Entered { container: Arc::new(container), profile: Some(Arc::default()) };
+    Arc::new(Directory { by_addr: [(CONTAINER, entered)].into() })
 }
 
 fn started(file: &Path) -> (FlowLog, watch::Sender<Arc<Directory>>) {
@@ -82,7 +84,7 @@ async fn a_record_becomes_a_line_with_identity_and_rule() {
     assert_eq!(line["message"], "cfnetworking.iptables.egress-denied");
     assert_eq!(line["data"]["source"]["container_id"], "handle-1");
     assert_eq!(line["data"]["source"]["host_guid"], "cell");
-    assert_eq!(line["data"]["rule"], "no rule for 8.8.8.8");
+    assert_eq!(line["data"]["rule"], "no security group");
 }
 
 /// The container may be gone when the line is written.

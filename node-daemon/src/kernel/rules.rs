@@ -6,6 +6,7 @@ mod transaction;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -14,8 +15,9 @@ use nf_tables::decode::{self, Body, Found, Message, Object as There, Place, Refu
 use nf_tables::{Chain, Data, Name, Ranges, Set, request};
 use nix::libc::{EAGAIN, ECANCELED, EINTR, ENOENT, ERESTART};
 use weft_model::cell::{Belief, Change, Firewall, Key, Object, Seen};
-use weft_model::firewall::{Content, Filled, Part, TABLE};
+use weft_model::firewall::{Content, Filled, Limit, Lines, Part, TABLE};
 use weft_model::reason::Reason;
+use weft_model::traffic::Totals;
 
 use super::socket::open;
 
@@ -175,6 +177,25 @@ impl RulesSocket {
         Ok(Some(seen))
     }
 
+    /// What the program's rules have counted of lines that its limits let through or not.
+    pub(super) fn totals(&mut self) -> io::Result<Totals> {
+        let table = self.table.clone();
+        let mut totals = Totals::new();
+        for of in Lines::ALL {
+            let set = Limit::Total { of }.set_name();
+            // None: nobody's settings have it counted.
+            for there in self.dump(|n| request::elements(&table, &set, n))?.into_iter().flatten() {
+                let There::Elements { elements, .. } = there else { continue };
+                for found in elements.into_iter().flatten() {
+                    if let (Some(addr), Some(counted)) = (found.key.first_chunk::<4>(), found.counted) {
+                        totals.insert((Ipv4Addr::from(*addr), of.decision()), counted);
+                    }
+                }
+            }
+        }
+        Ok(totals)
+    }
+
     fn generation(&mut self) -> io::Result<u32> {
         self.sequence = self.sequence.wrapping_add(1);
         self.socket.send(&request::generation(self.sequence), 0)?;
@@ -279,10 +300,10 @@ fn see_set(name: &Name, set: Set, elements: Vec<There>, seen: &mut Seen) -> Beli
         let There::Elements { elements, .. } = there else { continue };
         for found in elements {
             match found {
-                Ok(Found { key, end: Some(end), data: Data::Nothing }) if set.ranges => {
+                Ok(Found { key, end: Some(end), data: Data::Nothing, .. }) if set.ranges => {
                     ranges.insert((key, end));
                 }
-                Ok(Found { key, end: None, data }) if !set.ranges => {
+                Ok(Found { key, end: None, data, .. }) if !set.ranges => {
                     let part = Part::Element(name.clone(), key.into());
                     seen.insert(Key::Firewall(part), holds(Content::Element(data)));
                 }

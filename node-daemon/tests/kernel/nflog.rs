@@ -9,13 +9,15 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
-use weft_model::container::Owner;
+use weft_model::container::{Container, Owner};
 use weft_model::link::{self, LinkSpec};
 use weft_model::traffic::{Decision, Direction, Protocol, Record, Totals};
-use weft_node::flow_log::{DEFAULT_GROUP, Directory, FlowLog, Host, Settings, Timestamps, Who};
+use weft_node::flow_log::{Directory, Entered, FlowLog, Host, Settings, Timestamps};
 use weft_node::kernel::nflog::{Event, NflogError, listen};
 
-use crate::world::{Cell, Space, addr};
+use crate::world::{Cell, Space};
+
+const GROUP: u16 = 2312;
 
 const WORLD: &str = "10.77.0.99";
 
@@ -33,7 +35,7 @@ fn try_listen(space: &Space, group: u16) -> Result<BoxStream<'static, Event>, Nf
 }
 
 fn listening(space: &Space) -> BoxStream<'static, Event> {
-    try_listen(space, DEFAULT_GROUP).expect("listening")
+    try_listen(space, GROUP).expect("listening")
 }
 
 async fn next(events: &mut BoxStream<'static, Event>) -> Event {
@@ -61,7 +63,7 @@ fn rules(space: &Space, hook: &str, rules: &[String]) {
 }
 
 fn log(prefix: &str) -> String {
-    format!("log group {DEFAULT_GROUP} snaplen 128 prefix \"{prefix}\"")
+    format!("log group {GROUP} snaplen 128 prefix \"{prefix}\"")
 }
 
 fn send(space: &Space, to: &str, port: u16) {
@@ -141,10 +143,10 @@ async fn what_is_not_ours_is_told_apart() {
 async fn a_group_has_one_reader() {
     let (space, other) = (Space::new(), Space::new());
     let first = listening(&space);
-    let Err(taken) = try_listen(&space, DEFAULT_GROUP) else { panic!("two readers") };
-    assert!(matches!(taken, NflogError::Taken { group: DEFAULT_GROUP }), "{taken:?}");
+    let Err(taken) = try_listen(&space, GROUP) else { panic!("two readers") };
+    assert!(matches!(taken, NflogError::Taken { group: GROUP }), "{taken:?}");
     assert!(taken.to_string().starts_with("traffic_log_group: "), "{taken}");
-    let _of_another_group = try_listen(&space, DEFAULT_GROUP + 1).expect("another group");
+    let _of_another_group = try_listen(&space, GROUP + 1).expect("another group");
     let _of_another_namespace = listening(&other);
     drop(first);
     drop(listening(&space));
@@ -210,9 +212,17 @@ async fn lines_and_suppressed_counts_reach_the_file() {
     rules(&cell.space, "forward", &[count_and_log, "udp dport 53 drop".into()]);
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
-    let who =
-        Who { handle: spec.handle.clone(), owner: Owner { app_id: "app-1".into(), ..Owner::default() } };
-    let directory = Directory { by_addr: [(addr("10.255.66.2").get(), who)].into(), explain: None };
+    let container = Container {
+        handle: spec.handle.clone(),
+        addr: spec.addr,
+        interface: spec.interface.clone(),
+        mtu: spec.mtu,
+        owner: Owner { app_id: "app-1".into(), ..Owner::default() },
+        ports: Vec::new(),
+        profile: None,
+    };
+    let entered = Entered { container: Arc::new(container), profile: None };
+    let directory = Directory { by_addr: [(spec.addr.get(), entered)].into() };
     let (_known, known) = watch::channel(Arc::new(directory));
     let host = Host { addr: "10.77.0.11".parse().expect("address"), guid: "cell".into() };
     let settings = Settings { file: file.clone(), timestamps: Timestamps::Rfc3339, host };

@@ -19,17 +19,25 @@ fn writer(timestamps: Timestamps) -> Writer {
     Writer { host, timestamps }
 }
 
-fn who(handle: &str) -> Who {
+fn who(handle: &str) -> Container {
     let owner = Owner {
         app_id: "bc6f229d-5e4a-4c41-a63f-e8795496c283".into(),
         space_id: "b9f86312-a7d7-4bcf-b70f-a440436c210b".into(),
         org_id: "604bd59e-4139-4734-a3be-4e97836eb790".into(),
         container_workload: "app".into(),
     };
-    Who { handle: handle.parse().expect("handle"), owner }
+    Container {
+        handle: handle.parse().expect("handle"),
+        addr: OverlayAddr::new([10, 255, 30, 2].into()),
+        interface: "eth0".parse().expect("name"),
+        mtu: 1450,
+        owner,
+        ports: Vec::new(),
+        profile: None,
+    }
 }
 
-fn sender() -> Who {
+fn sender() -> Container {
     who("bfce786c-ab07-40ad-79f9-8f21")
 }
 
