@@ -1,9 +1,10 @@
 //! weft-node: keeps one cell's part of the overlay in step with its lease, its peers and its containers.
 //!
 //! ```text
-//!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links)
-//!                                  ▲ │ └──▶ journal        health, metrics
-//!  controllers ◀──▶ lease_stream ──┘ └◀── kernel::events
+//!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links, nf_tables)
+//!              profiles            ▲ │ └──▶ journal        health, metrics
+//!  controllers ◀──▶ lease_stream ──┘ │ └◀── kernel::events, kernel::ruleset_events
+//!  iptables ◀──▶ guard ──────────────┘ └──▶ flow_log ◀── kernel::nflog
 //! ```
 //! One task per module; each module's first lines say what it owns, what wakes it and what it emits.
 

@@ -317,6 +317,37 @@ fn whoever_flushes_input_of_iptables_legacy_opens_nothing_for_long() {
     whoever_flushes_input_opens_nothing("legacy");
 }
 
+/// "Whose rules": what somebody does to our table is undone at once, and said once.
+#[test]
+fn a_flushed_table_is_back_at_once() {
+    let lab = lab("flushed", |options| options.cells = 1);
+    let cell = &lab.cells[0];
+    let container = added(cell, &asks("asks"));
+    let nft = |arguments: &[&str]| cell.place.run("nft", arguments, "").unwrap();
+    // Sorted: elements come back in another order. Without the guard's chain, which follows iptables' rules.
+    let table = || {
+        let text = nft(&["-s", "list", "map", "inet", "weft", "profiles"])
+            + &nft(&["-s", "list", "chain", "inet", "weft", "egress"]);
+        let mut words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+        words.sort();
+        words
+    };
+    let before = table();
+    nft(&["flush", "chain", "inet", "weft", "egress"]);
+    nft(&["flush", "map", "inet", "weft", "profiles"]);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while table() != before {
+        assert!(Instant::now() < deadline, "{:?}", table());
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(connect(&container.place, WORLD, CLOSED_PORT), Seen::Refused);
+    let drift = |line: &String| line.contains("drift repaired");
+    let complaints = lab.complaints(&[]);
+    assert!(complaints.iter().all(drift), "{complaints:?}");
+    let of = |key: &str| complaints.iter().filter(|line| line.contains(key)).count();
+    assert_eq!((of("chain egress"), of("element of profiles")), (1, 1), "{complaints:?}");
+}
+
 fn traffic(cell: &Cell) -> Vec<Value> {
     let text = std::fs::read_to_string(cell.traffic_log()).unwrap_or_default();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
