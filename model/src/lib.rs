@@ -20,6 +20,7 @@ pub mod keeper;
 pub mod lease;
 pub mod ledger;
 pub mod link;
+pub mod policy;
 pub mod profile;
 pub mod reason;
 pub mod subnet;
