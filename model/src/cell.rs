@@ -29,6 +29,7 @@ use crate::address::{DeviceName, OverlayAddr};
 use crate::container::{Container, Handle, Owner, PortMapping};
 use crate::firewall::{Guard, limits_of};
 use crate::lease::{Lease, Peers};
+use crate::policy::{AppGuid, Policies};
 use crate::profile::Known;
 use crate::reason::Reason;
 use unit::{plan_unit, units};
@@ -77,6 +78,7 @@ impl Cell {
             leased: BTreeSet::new(),
             ways: BTreeSet::new(),
             guard: Guard::default(),
+            policies: Policies::new(),
             roster: Roster::default(),
         };
         let mut cell = Self {
@@ -134,6 +136,20 @@ impl Cell {
         if self.inputs.guard != guard {
             self.inputs.guard = guard;
             self.replan(Unit::Base);
+        }
+    }
+
+    /// All that is known of policies, as of one answer of the policy server.
+    pub fn policies(&mut self, policies: Policies) {
+        let before = mem::replace(&mut self.inputs.policies, policies);
+        let differs = |guid: &&AppGuid| before.get(*guid) != self.inputs.policies.get(*guid);
+        let apps: BTreeSet<AppGuid> =
+            before.keys().chain(self.inputs.policies.keys()).filter(differs).cloned().collect();
+        for guid in apps {
+            for handle in self.inputs.roster.of_app(&guid).cloned().collect::<Vec<_>>() {
+                self.replan(Unit::Container(handle));
+            }
+            self.replan(Unit::App(guid));
         }
     }
 
@@ -315,8 +331,16 @@ impl Cell {
             Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.profile),
             Record::Present(_) | Record::Leaving(_) | Record::Free(_) => None,
         };
+        let app = match &record {
+            Record::Present(container) => container.owner.app(),
+            Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.owner.app()),
+            Record::Profile(_) | Record::Assigned(..) | Record::Leaving(_) | Record::Free(_) => None,
+        };
         let before = profile.and_then(|digest| roster.profile(digest)).cloned();
         self.inputs.roster.apply(&record);
+        if let Some(guid) = app.filter(|guid| self.inputs.policies.contains_key(guid)) {
+            self.replan(Unit::App(guid));
+        }
         self.records.push(record);
         let after = profile.and_then(|digest| self.inputs.roster.profile(digest)).cloned();
         if let (Some(known), None) | (None, Some(known)) = (before, after) {

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{DeviceName, NotValid, OverlayAddr};
+use crate::policy::AppGuid;
 use crate::profile::{Digest, Workload};
 
 /// Garden's name of a container, CNI's container id: starts with a letter or digit, then letters, digits,
@@ -66,12 +67,19 @@ impl fmt::Display for Handle {
 #[serde(default)]
 pub struct Owner {
     pub app_id: String,
+    /// What policies call its app.
+    pub policy_group_id: String,
     pub space_id: String,
     pub org_id: String,
     pub container_workload: String,
 }
 
 impl Owner {
+    /// The app as policies name it; health checks have none.
+    pub fn app(&self) -> Option<AppGuid> {
+        self.policy_group_id.parse().ok()
+    }
+
     pub fn workload(&self) -> Workload {
         match self.container_workload.as_str() {
             "app" | "task" => Workload::Running,

@@ -4,6 +4,7 @@
 //! ```text
 //!  base      the chains that every packet of a container meets, and the maps that lead on from there
 //!  profile   what containers may send: one set of chains for all that have the same profile
+//!  app       who may open connections to an app's containers
 //!  limits    dynamic sets that count: connections, log lines
 //!  member    one container's elements in the maps
 //!  layers    security groups' rules as sets the kernel can hold
@@ -11,6 +12,7 @@
 //! ```
 //! **Absence denies**: an address without an element neither sends nor is reached.
 
+mod app;
 mod base;
 mod draft;
 pub mod explain;
@@ -24,6 +26,7 @@ use std::sync::Arc;
 
 use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
 
+pub use app::app;
 pub use base::{Base, base};
 pub use limits::{Limit, Lines, limit, limits_of};
 pub use member::{is_leased, leased, member};

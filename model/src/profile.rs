@@ -147,7 +147,7 @@ impl Default for Known {
 
 impl From<Profile> for Known {
     fn from(profile: Profile) -> Self {
-        Self { digest: profile.digest(), layers: Layers::of(&profile), profile }
+        Self { digest: digest_of(&profile), layers: Layers::of(&profile), profile }
     }
 }
 
@@ -170,19 +170,18 @@ impl From<Saved> for Known {
     }
 }
 
-/// Names a profile by its content: the first 128 bits of SHA-256.
+/// Names a profile, or another value, by its content: the first 128 bits of SHA-256.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest(u128);
 
-impl Profile {
-    fn digest(&self) -> Digest {
-        let mut sha = Sha(Sha256::new());
-        self.hash(&mut sha);
-        let mut first = [0; 16];
-        first.copy_from_slice(&sha.0.finalize()[..16]);
-        Digest(u128::from_be_bytes(first))
-    }
+/// Of any value, by what it hashes.
+pub fn digest_of(value: &impl Hash) -> Digest {
+    let mut sha = Sha(Sha256::new());
+    value.hash(&mut sha);
+    let mut first = [0; 16];
+    first.copy_from_slice(&sha.0.finalize()[..16]);
+    Digest(u128::from_be_bytes(first))
 }
 
 impl Digest {
@@ -241,8 +240,8 @@ mod tests {
         let plain = Profile::default();
         let logged =
             Profile { settings: Settings { log_all: true, ..Settings::default() }, ..Profile::default() };
-        assert_eq!(plain.digest(), Profile::default().digest());
-        assert_ne!(plain.digest(), logged.digest());
-        assert_eq!(Digest::try_from(plain.digest().to_string()), Ok(plain.digest()));
+        assert_eq!(digest_of(&plain), digest_of(&Profile::default()));
+        assert_ne!(digest_of(&plain), digest_of(&logged));
+        assert_eq!(Digest::try_from(digest_of(&plain).to_string()), Ok(digest_of(&plain)));
     }
 }

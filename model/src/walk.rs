@@ -18,6 +18,7 @@ use crate::cell::{
 use crate::container::{Handle, Owner, PortMapping};
 use crate::firewall::{Content, Guard, Part};
 use crate::lease::{Lease, Peers};
+use crate::policy::{AppGuid, Policy, PolicyTag, by_app};
 use crate::profile::{HostService, Profile, Transport};
 use crate::reason::Reason;
 use crate::subnet::OverlaySubnet;
@@ -36,6 +37,8 @@ pub enum Move {
     Drop(u8),
     /// The container of the first number gets the profile of the second.
     Assign(u8, u8),
+    /// Policies: source, destination, first port.
+    Policies(BTreeSet<(u8, u8, u8)>),
     Guard(bool),
     /// Another device leads to the world.
     Way(bool),
@@ -79,6 +82,7 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
         4 => proptest::collection::btree_map(0u8..6, 3u8..9, 0..5).prop_map(Move::Peers),
         1 => prop_oneof![Just(1500), Just(1400), Just(9000)].prop_map(Move::UnderlayMtu),
         6 => (0u8..6, 0u8..4).prop_map(|(n, profile)| Move::Add(n, profile)),
+        3 => proptest::collection::btree_set((0u8..4, 0u8..4, 0u8..3), 0..6).prop_map(Move::Policies),
         1 => any::<bool>().prop_map(Move::Guard),
         1 => any::<bool>().prop_map(Move::Way),
         4 => (0u8..6).prop_map(Move::Drop),
@@ -125,9 +129,23 @@ fn wanted_as(n: u8, kind: u8) -> Wanted {
         handle: handle(n),
         interface: "eth0".parse().expect("name"),
         mtu: None,
-        owner: Owner::default(),
+        owner: Owner { policy_group_id: app(n % 4).to_string(), ..Owner::default() },
         ports: if kind % 2 == 1 { vec![mapping] } else { Vec::new() },
         profile: Arc::new(profile(kind / 2).into()),
+    }
+}
+
+pub fn app(n: u8) -> AppGuid {
+    format!("app-{n}").parse().expect("guid")
+}
+
+fn policy((source, destination, port): &(u8, u8, u8)) -> Policy {
+    Policy {
+        source: app(*source),
+        source_tag: PolicyTag::new((u16::from(*source) + 1).try_into().expect("tag")),
+        destination: app(*destination),
+        transport: Transport::Tcp,
+        ports: PortRange::new(8080 + u16::from(*port), 8081 + u16::from(*port)).expect("range"),
     }
 }
 
@@ -179,6 +197,7 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
             cell.leases(own, &peers.collect());
         }
         Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
+        Move::Policies(all) => cell.policies(by_app(all.iter().map(policy))),
         Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),
         Move::Way(second) => cell.ways(way(*second).into_iter().collect()),
         Move::Add(n, kind) => {

@@ -12,7 +12,8 @@ use weft_model::cell::{Cell, Key, Object, Outcome, Wanted};
 use weft_model::container::PortMapping;
 use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
 use weft_model::firewall::{Content, program};
-use weft_model::profile::{Profile, Settings};
+use weft_model::policy::{Policy, PolicyTag, by_app};
+use weft_model::profile::{Profile, Settings, Transport};
 use weft_model::reason::Reason;
 use weft_model::walk;
 
@@ -26,12 +27,21 @@ fn cell_with(profile: Profile) -> (Cell, Ipv4Addr) {
 }
 
 fn ask(cell: &Cell, from: Ipv4Addr, to: Ipv4Addr, probe: Probe) -> Explanation {
+    ask_on(cell, from, to, probe, |_| Route::Device("eth0".parse().expect("name")))
+}
+
+fn ask_on(
+    cell: &Cell,
+    from: Ipv4Addr,
+    to: Ipv4Addr,
+    probe: Probe,
+    routes: impl Fn(Ipv4Addr) -> Route,
+) -> Explanation {
     let wanted = plan(cell.inputs());
     let parts = wanted.iter().filter_map(|(key, object)| match (key, object) {
         (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
         _ => None,
     });
-    let routes = |_| Route::Device("eth0".parse().expect("name"));
     explain(&program(parts), cell.inputs(), from, to, probe, routes).expect("the program is whole")
 }
 
@@ -174,4 +184,57 @@ fn a_port_of_the_cell_has_one_container_until_its_namespace_has_ended() {
     let leads: Vec<_> = ports.map(|(_, object)| object).collect();
     let to = [&second.addr.get().octets()[..], &[0x1f, 0x90, 0, 0]].concat();
     assert_eq!(leads, [Object::Firewall(Content::Element(Data::Value(to)))]);
+}
+
+fn policy(source: u8, tag: u16, destination: u8, ports: (u16, u16)) -> Policy {
+    Policy {
+        source: walk::app(source),
+        source_tag: PolicyTag::new(tag.try_into().expect("tag")),
+        destination: walk::app(destination),
+        transport: Transport::Tcp,
+        ports: PortRange::new(ports.0, ports.1).expect("range"),
+    }
+}
+
+/// dataplane.md, "To a container", "To another cell".
+#[test]
+fn policies_let_apps_in_by_tag_protocol_and_ports() {
+    let mut cell = walk::start(7);
+    let mut add = |n: u8| cell.add(walk::wanted(n)).expect("added").addr.get();
+    let (one, two, three) = (add(1), add(2), add(3));
+    let other_cell = Ipv4Addr::new(10, 255, 4, 2);
+    let tcp = |port| Probe::Tcp { port };
+    let vtep = |_| Route::Device("silk-vtep".parse().expect("name"));
+    let ask_by = |cell: &Cell, from, to, probe| ask_on(cell, from, to, probe, vtep);
+    assert_eq!(ask_by(&cell, one, two, tcp(8080)).verdict, Verdict::Refused, "no policies");
+    assert_eq!(ask_by(&cell, one, other_cell, tcp(8080)).verdict, Verdict::Refused, "source of no policy");
+
+    cell.policies(by_app([
+        policy(1, 5, 2, (8080, 8090)),
+        policy(1, 5, 2, (8085, 8099)),
+        policy(2, 6, 2, (9000, 9000)),
+    ]));
+    for (from, to, probe, verdict) in [
+        (one, two, tcp(8080), Verdict::Allowed),
+        (one, two, tcp(8099), Verdict::Allowed),
+        (one, two, tcp(8100), Verdict::Refused),
+        (one, two, Probe::Udp { port: 8080 }, Verdict::Refused),
+        (two, one, tcp(8080), Verdict::Refused),
+        (three, two, tcp(8080), Verdict::Refused),
+        (two, two, tcp(9000), Verdict::Allowed),
+        (one, other_cell, tcp(1), Verdict::Allowed),
+        (three, other_cell, tcp(1), Verdict::Refused),
+    ] {
+        let told = ask_by(&cell, from, to, probe);
+        assert_eq!(told.verdict, verdict, "{from} to {to} {probe:?}: {told:?}");
+        if verdict == Verdict::Allowed && to == two {
+            assert!(told.whose.starts_with("policy from app app-"), "{told:?}");
+        }
+    }
+
+    // The policy is gone, and its tag is another app's at once.
+    cell.policies(by_app([policy(3, 5, 2, (8080, 8080))]));
+    assert_eq!(ask_by(&cell, one, two, tcp(8080)).verdict, Verdict::Refused);
+    assert_eq!(ask_by(&cell, one, other_cell, tcp(8080)).verdict, Verdict::Refused);
+    assert_eq!(ask_by(&cell, three, two, tcp(8080)).verdict, Verdict::Allowed);
 }

@@ -171,6 +171,7 @@ pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
             space_id: owner.space_id,
             org_id: owner.org_id,
             container_workload: owner.container_workload,
+            policy_group_id: owner.policy_group_id,
         },
         ports: ports_from(request.ports)?,
         settings: request.settings.map_or_else(|| Ok(Settings::default()), settings_from)?,
@@ -224,6 +225,7 @@ pub fn owner_to(owner: &container::Owner) -> node::Owner {
         space_id: owner.space_id.clone(),
         org_id: owner.org_id.clone(),
         container_workload: owner.container_workload.clone(),
+        policy_group_id: owner.policy_group_id.clone(),
     }
 }
 

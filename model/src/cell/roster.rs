@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::OverlayAddr;
 use crate::container::{Container, Handle};
 use crate::ipam::Ipam;
+use crate::policy::AppGuid;
 use crate::profile::{Digest, Known};
 use crate::subnet::OverlaySubnet;
 
@@ -52,6 +53,7 @@ pub struct Roster {
     ipam: Ipam,
     /// With the number of containers that have it.
     profiles: BTreeMap<Digest, (Arc<Known>, usize)>,
+    by_app: BTreeMap<AppGuid, BTreeSet<Handle>>,
     /// Who has a port of the cell.
     ports: BTreeMap<NonZeroU16, Handle>,
 }
@@ -67,6 +69,9 @@ impl Roster {
                 if !self.containers.contains_key(&container.handle) && self.ipam.take(container.addr) {
                     if let Some((_, users)) = container.profile.and_then(|d| self.profiles.get_mut(&d)) {
                         *users += 1;
+                    }
+                    if let Some(guid) = container.owner.app() {
+                        self.by_app.entry(guid).or_default().insert(container.handle.clone());
                     }
                     let ports = container.ports.iter().map(|mapping| mapping.host);
                     self.ports.extend(ports.map(|port| (port, container.handle.clone())));
@@ -95,6 +100,14 @@ impl Roster {
                     && let Some((container, _)) = self.containers.remove(&handle)
                 {
                     self.ports.retain(|_, holder| *holder != handle);
+                    if let Some(guid) = container.owner.app()
+                        && let Some(handles) = self.by_app.get_mut(&guid)
+                    {
+                        handles.remove(&handle);
+                        if handles.is_empty() {
+                            self.by_app.remove(&guid);
+                        }
+                    }
                     self.leave_profile(container.profile);
                 }
                 self.ipam.take(*addr);
@@ -128,6 +141,10 @@ impl Roster {
 
     pub fn profiles(&self) -> impl Iterator<Item = &Arc<Known>> {
         self.profiles.values().map(|(known, _)| known)
+    }
+
+    pub fn of_app(&self, guid: &AppGuid) -> impl Iterator<Item = &Handle> {
+        self.by_app.get(guid).into_iter().flatten()
     }
 
     /// The container that has a port of the cell.

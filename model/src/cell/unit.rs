@@ -9,9 +9,10 @@ use crate::address::{DeviceName, UnderlayAddr};
 use crate::cell::roster::{Presence, Roster};
 use crate::cell::step::{Key, Object, PeerSpec, VtepSpec};
 use crate::container::Handle;
-use crate::firewall::{Base, Guard, Limit, Planned, base, leased, limit, limits_of, member, profile};
+use crate::firewall::{Base, Guard, Limit, Planned, app, base, leased, limit, limits_of, member, profile};
 use crate::lease::Lease;
 use crate::link::LinkSpec;
+use crate::policy::{AppGuid, Policies};
 use crate::profile::Digest;
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
 
@@ -54,6 +55,7 @@ pub struct Inputs {
     /// Devices that lead to the world: containers send on no other.
     pub ways: BTreeSet<DeviceName>,
     pub guard: Guard,
+    pub policies: Policies,
     pub roster: Roster,
 }
 
@@ -81,6 +83,8 @@ pub enum Unit {
     /// The chains of all containers with this profile.
     Profile(Digest),
     Limit(Limit),
+    /// Who may open connections to the containers of this app, if there are any.
+    App(AppGuid),
     Container(Handle),
 }
 
@@ -108,10 +112,16 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
             let used = inputs.roster.profiles().any(|known| limits_of(known.profile()).contains(of));
             firewall(if used { limit(*of, inputs.config.log_group) } else { Vec::new() })
         }
+        Unit::App(guid) => match inputs.policies.get(guid) {
+            Some(policies) if inputs.roster.of_app(guid).next().is_some() => firewall(app(guid, policies)),
+            _ => Vec::new(),
+        },
         Unit::Container(handle) => match inputs.roster.get(handle) {
             Some((container, Presence::Present)) => {
                 let known = container.profile.and_then(|digest| inputs.roster.profile(digest));
-                let mut planned = firewall(member(container, known.map(|known| known.profile())));
+                let policies = container.owner.app().and_then(|guid| inputs.policies.get(&guid));
+                let policies = policies.map(|policies| &**policies);
+                let mut planned = firewall(member(container, known.map(|known| known.profile()), policies));
                 planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
                 planned
             }
@@ -155,6 +165,7 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
     let limits: BTreeSet<Limit> =
         inputs.roster.profiles().flat_map(|known| limits_of(known.profile())).collect();
     let limits = limits.into_iter().map(Unit::Limit);
+    let apps = inputs.policies.keys().cloned().map(Unit::App);
     let containers = inputs.roster.iter().map(|(container, _)| Unit::Container(container.handle.clone()));
     [Unit::Base, Unit::Vtep]
         .into_iter()
@@ -162,6 +173,7 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
         .chain(leased)
         .chain(profiles)
         .chain(limits)
+        .chain(apps)
         .chain(containers)
 }
 

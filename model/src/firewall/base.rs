@@ -18,9 +18,7 @@ use std::sync::Arc;
 use nf_tables::{Base as Hooked, Chain, Data, Field, Hook, Key, Kind, Ranges, Rule, Set, Target};
 
 use super::draft::{ESTABLISHED, INVALID, Part as Of, RELATED, TCP, UDP, rule};
-use super::{
-    ALLOWED, Content, Guard, INGRESS, INGRESS_CONNECTION, Part, Planned, REFUSED, chain, element, name, set,
-};
+use super::{Content, Guard, INGRESS, INGRESS_CONNECTION, Part, Planned, REFUSED, chain, element, name, set};
 use crate::address::DeviceName;
 use crate::cell::CellConfig;
 
@@ -61,6 +59,7 @@ pub fn base(base: &Base<'_>) -> Planned {
         chain("metadata-rules", metadata()),
         chain("received", received()),
         chain("newcomers", base.newcomers()),
+        chain("strangers", strangers()),
         hooked("input", Kind::Filter, Hook::Input, BEFORE_IPTABLES, base.input()),
         chain("to-cell", sent("asks-cell")),
         chain("asks-cell", base.asks_cell()),
@@ -83,6 +82,7 @@ fn maps() -> Vec<(Part, Content)> {
         map("profiles", ipv4(), Target::Verdict),
         map("services", ipv4(), Target::Verdict),
         map("translations", ipv4(), Target::Verdict),
+        map("apps", ipv4(), Target::Verdict),
         map("uninvited", ipv4(), Target::Verdict),
         map("ports", [Field::Port].into(), Target::Value(vec![Field::Ipv4, Field::Port])),
         map("leased", ipv4(), Target::Nothing),
@@ -129,11 +129,16 @@ fn metadata() -> Vec<Rule> {
     rules
 }
 
+/// dataplane.md, "To a container": whom no policy lets in.
+fn strangers() -> Vec<Rule> {
+    vec![rule("logged").verdict_from(&name("uninvited"), &[Of::Destination]), rule("no policy").reject()]
+}
+
 /// dataplane.md, "To a container".
 fn received() -> Vec<Rule> {
     vec![
         rule("not IPv4").not_ipv4().drop(),
-        rule("established").state(ESTABLISHED | RELATED).mark_with(ALLOWED).accept(),
+        rule("established").state(ESTABLISHED | RELATED).let_in(),
         rule("new").goto("newcomers"),
     ]
 }
@@ -164,25 +169,21 @@ impl Base<'_> {
     /// dataplane.md, "To another cell".
     fn to_overlay(&self) -> Vec<Rule> {
         match self.config.policy {
-            true => vec![rule("no policy has this source").reject()],
+            true => vec![rule("source of a policy").tagged().accept(), rule("source of no policy").reject()],
             false => vec![rule("policies are disabled").accept()],
         }
     }
 
     fn newcomers(&self) -> Vec<Rule> {
-        let mut rules = vec![
-            rule("to a mapped port, from the underlay")
-                .connection_mark(INGRESS_CONNECTION)
-                .mark_with(ALLOWED)
-                .accept(),
-        ];
+        let mut rules =
+            vec![rule("to a mapped port, from the underlay").connection_mark(INGRESS_CONNECTION).let_in()];
         if !self.config.policy {
             let overlay = self.config.overlay.get();
             let open = rule("policies are disabled").ipv4().source_in(overlay).destination_in(overlay);
-            rules.push(open.mark_with(ALLOWED).accept());
+            rules.push(open.let_in());
         }
-        rules.push(rule("logged").verdict_from(&name("uninvited"), &[Of::Destination]));
-        rules.push(rule("no policy").reject());
+        rules.push(rule("policies of the app").ipv4().verdict_from(&name("apps"), &[Of::Destination]));
+        rules.push(rule("no policies").goto("strangers"));
         rules
     }
 

@@ -8,7 +8,7 @@ use nf_tables::{
 };
 
 use crate::address::DeviceName;
-use crate::firewall::name;
+use crate::firewall::{ALLOWED, name};
 
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
@@ -37,6 +37,8 @@ pub(super) enum Part {
     IcmpType,
     IcmpCode,
     ConnectionMark,
+    /// The sender's tag: the low 16 bits of the packet's mark.
+    Tag,
 }
 
 /// A rule in the making.
@@ -111,6 +113,12 @@ impl Draft {
         self.part(Part::ConnectionMark, FIRST).equal(&mark.to_ne_bytes())
     }
 
+    /// Sent by a container of an app that has a tag.
+    pub(super) fn tagged(self) -> Self {
+        let is = Comparison::NotEqual;
+        self.part(Part::Tag, FIRST).add([Expression::Compare { from: FIRST, is, with: vec![0; 4] }])
+    }
+
     /// In one of these states.
     pub(super) fn state(self, states: u32) -> Self {
         let (mask, xor) = (states.to_ne_bytes().to_vec(), vec![0; 4]);
@@ -138,7 +146,7 @@ impl Draft {
 
     fn part(self, part: Part, to: Slot) -> Self {
         let payload = |header, offset, len| Expression::Payload { header, offset, len, to };
-        self.add([match part {
+        let load = match part {
             Part::InIndex => Expression::Meta { load: Metadata::InIndex, to },
             Part::Protocol => Expression::Meta { load: Metadata::Protocol, to },
             Part::ConnectionMark => Expression::Ct { load: Connection::Mark, to },
@@ -148,7 +156,13 @@ impl Draft {
             Part::Port => payload(Header::Transport, 2, 2),
             Part::IcmpType => payload(Header::Transport, 0, 1),
             Part::IcmpCode => payload(Header::Transport, 1, 1),
-        }])
+            Part::Tag => {
+                let (mask, xor) = (u32::from(u16::MAX).to_ne_bytes().to_vec(), vec![0; 4]);
+                let loaded = self.add([Expression::Meta { load: Metadata::Mark, to }]);
+                return loaded.add([Expression::Bitwise { from: to, to, mask, xor }]);
+            }
+        };
+        self.add([load])
     }
 
     /// Loads a key: every part takes one register.
@@ -225,6 +239,11 @@ impl Draft {
 
     pub(super) fn accept(self) -> Rule {
         self.ends(Expression::Verdict(Verdict::Accept))
+    }
+
+    /// To a container: marked as let through.
+    pub(super) fn let_in(self) -> Rule {
+        self.mark_with(ALLOWED).accept()
     }
 
     pub(super) fn drop(self) -> Rule {

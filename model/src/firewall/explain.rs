@@ -13,7 +13,8 @@ use crate::asg::{EgressRule, Traffic};
 use crate::cell::{Inputs, Presence};
 use crate::container::{Container, Handle};
 use crate::link;
-use crate::profile::Profile;
+use crate::policy::{AppGuid, Inbound};
+use crate::profile::{Profile, Transport};
 use crate::traffic::{self, Decision as Told};
 
 /// The first packet of a connection.
@@ -244,10 +245,40 @@ fn whose(
                 _ => of(&sender.handle, "settings and security groups"),
             }
         }
+        _ if chain.starts_with("app-") || chain == "strangers" || chain.starts_with("uninvited-") => {
+            policy(inputs, sender, to, probe)
+        }
         (Some(sender), _) if chain.starts_with("services-") => {
             of(&sender.handle, "services offered by the cell, settings")
         }
         _ => "this cell".into(),
+    }
+}
+
+/// The policy that lets a sender of this cell in, or that there is none.
+fn policy(inputs: &Inputs, sender: Option<&Container>, to: Ipv4Addr, probe: Probe) -> String {
+    let receiver = present(inputs, to);
+    let app = receiver.and_then(|container| container.owner.app());
+    let inbound = app.as_ref().and_then(|app| inputs.policies.get(app)).map(|app| app.inbound.as_slice());
+    let from = sender.and_then(|container| container.owner.app());
+    let covers = |inbound: &&Inbound| {
+        let ports = inbound.ports.first()..=inbound.ports.last();
+        Some(&inbound.from) == from.as_ref()
+            && match (inbound.transport, probe) {
+                (Transport::Tcp, Probe::Tcp { port }) | (Transport::Udp, Probe::Udp { port }) => {
+                    ports.contains(&port)
+                }
+                _ => false,
+            }
+    };
+    let name =
+        |app: &Option<AppGuid>| app.as_ref().map_or_else(|| "no app".to_owned(), |app| format!("app {app}"));
+    match inbound.unwrap_or_default().iter().find(covers) {
+        Some(Inbound { ports, transport, .. }) => {
+            let transport = if *transport == Transport::Tcp { "tcp" } else { "udp" };
+            format!("policy from {} to {}, {transport} {ports}", name(&from), name(&app))
+        }
+        None => format!("policies: none from {} to {} for this", name(&from), name(&app)),
     }
 }
 

@@ -2,20 +2,26 @@
 
 use nf_tables::{Data, Verdict};
 
+use super::app::app_chain;
 use super::profile::{egress_chain, services_chain, translation_chain, uninvited_chain};
 use super::{ALLOWED, Part, Planned, element, name};
 use crate::address::UnderlayAddr;
 use crate::container::Container;
 use crate::link;
+use crate::policy::AppPolicies;
 use crate::profile::Profile;
 
 /// A container whose profile is not known has an address and its mapped ports: it is reached, and sends nothing by itself.
-pub fn member(container: &Container, profile: Option<&Profile>) -> Planned {
+pub fn member(container: &Container, profile: Option<&Profile>, app: Option<&AppPolicies>) -> Planned {
     let addr = container.addr.get().octets();
     let own = |set: &str, data| element(set, addr.to_vec(), data);
     let goto = |chain: String| Data::Verdict(Verdict::Goto(name(&chain)));
     let source = [&link::index(container.addr).to_ne_bytes()[..], &addr].concat();
-    let mut planned = vec![element("sources", source, Data::Value(ALLOWED.to_ne_bytes().to_vec()))];
+    let mark = ALLOWED | app.and_then(|app| app.tag).map_or(0, |tag| tag.get().into());
+    let mut planned = vec![element("sources", source, Data::Value(mark.to_ne_bytes().to_vec()))];
+    if let (Some(guid), true) = (container.owner.app(), app.is_some_and(|app| !app.inbound.is_empty())) {
+        planned.push(own("apps", goto(app_chain(&guid))));
+    }
     if let (Some(digest), Some(profile)) = (container.profile, profile) {
         let allowed = [&addr[..], &digest.mark().to_ne_bytes()].concat();
         planned.extend([

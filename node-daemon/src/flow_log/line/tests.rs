@@ -25,6 +25,7 @@ fn who(handle: &str) -> Container {
         space_id: "b9f86312-a7d7-4bcf-b70f-a440436c210b".into(),
         org_id: "604bd59e-4139-4734-a3be-4e97836eb790".into(),
         container_workload: "app".into(),
+        policy_group_id: "bc6f229d-5e4a-4c41-a63f-e8795496c283".into(),
     };
     Container {
         handle: handle.parse().expect("handle"),
