@@ -17,12 +17,13 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use weft_model::reason::Reason;
+use weft_proto::convert;
 use weft_proto::node::containers_client::ContainersClient;
 use weft_proto::node::{AddRequest, CheckRequest, DeleteRequest};
 use weft_proto::status::reason_of;
 
 use crate::environment::{Command, Environment};
-use crate::netconf::{NetConf, Version};
+use crate::netconf::{Addition, NetConf, Version};
 use crate::output;
 
 /// A daemon that is there accepts at once; a runtime must hear within a second that it is not.
@@ -33,9 +34,18 @@ const PONG: Duration = Duration::from_secs(5);
 /// For the whole call. The daemon has a shorter deadline of its own, so this one speaks only if the daemon hangs.
 const CALL: Duration = Duration::from_secs(60);
 
+/// What the daemon is asked for.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    Add(Box<Addition>),
+    Check,
+    Delete,
+}
+
 pub(crate) fn make(
     environment: &Environment,
     conf: &NetConf,
+    asked: Asked,
     version: Version,
 ) -> Result<Option<String>, Reason> {
     if environment.command == Command::Check && version < Version::V0_4_0 {
@@ -50,7 +60,7 @@ pub(crate) fn make(
         why: why.to_string(),
     })?;
     runtime.block_on(async {
-        let call = call(environment, conf, version, namespace);
+        let call = call(environment, conf, asked, version, namespace);
         let late = || Reason::Deadline { operation: format!("{:?}", environment.command).to_uppercase() };
         tokio::time::timeout(CALL, call).await.unwrap_or_else(|_| Err(late()))
     })
@@ -69,6 +79,7 @@ fn open_namespace(environment: &Environment) -> Result<Option<OwnedFd>, Reason> 
 async fn call(
     environment: &Environment,
     conf: &NetConf,
+    asked: Asked,
     version: Version,
     namespace: Option<OwnedFd>,
 ) -> Result<Option<String>, Reason> {
@@ -87,24 +98,31 @@ async fn call(
         }
         None => away(status.message().to_owned()),
     };
-    match environment.command {
-        Command::Add => {
-            let owner = Some(conf.owner.clone());
-            let request = AddRequest { handle, interface, mtu: conf.mtu, owner };
+    match asked {
+        Asked::Add(addition) => {
+            let request = AddRequest {
+                handle,
+                interface,
+                mtu: addition.mtu,
+                owner: Some(addition.owner),
+                ports: convert::ports_to(&addition.ports),
+                settings: Some(convert::settings_to(&addition.settings)),
+                net_out_rules: addition.net_out_rules,
+            };
             let added = client.add(request).await.map_err(failed)?.into_inner();
             let sandbox = environment.namespace.as_deref().unwrap_or_else(|| Path::new(""));
-            Ok(Some(output::added(version, &added, &environment.interface, sandbox)))
+            let nameservers = &addition.nameservers;
+            Ok(Some(output::added(version, &added, &environment.interface, sandbox, nameservers)))
         }
-        Command::Check => {
+        Asked::Check => {
             let address = conf.address.map_or(0, u32::from);
             client.check(CheckRequest { handle, interface, address }).await.map_err(failed)?;
             Ok(None)
         }
-        Command::Del => {
+        Asked::Delete => {
             client.delete(DeleteRequest { handle, interface }).await.map_err(failed)?;
             Ok(None)
         }
-        Command::Version => Ok(Some(output::versions(version))),
     }
 }
 

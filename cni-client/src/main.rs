@@ -13,8 +13,9 @@ mod output;
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
+use call::Asked;
 use environment::{Command, Environment};
-use netconf::{NetConf, Version};
+use netconf::{Addition, NetConf, Version};
 use weft_model::reason::Reason;
 
 const ABOUT: &str = concat!(
@@ -69,5 +70,11 @@ fn run(command: &str, version: &mut Version) -> Result<Option<String>, Reason> {
     *version = netconf::version_of(&stdin)?;
     let environment = Environment::read(command, |name| std::env::var(name).ok())?;
     let conf = NetConf::parse(&stdin)?;
-    call::make(&environment, &conf, *version)
+    let asked = match command {
+        Command::Version => return Ok(Some(output::versions(*version))),
+        Command::Add => Asked::Add(Box::new(Addition::parse(&stdin)?)),
+        Command::Check => Asked::Check,
+        Command::Del => Asked::Delete,
+    };
+    call::make(&environment, &conf, asked, *version)
 }

@@ -11,8 +11,14 @@ use weft_proto::node::AddResponse;
 
 use crate::netconf::Version;
 
-/// The result of ADD. `sandbox` is CNI_NETNS as it was given.
-pub(crate) fn added(version: Version, added: &AddResponse, interface: &DeviceName, sandbox: &Path) -> String {
+/// The result of ADD. `sandbox` is CNI_NETNS as it was given, `nameservers` as in the configuration.
+pub(crate) fn added(
+    version: Version,
+    added: &AddResponse,
+    interface: &DeviceName,
+    sandbox: &Path,
+    nameservers: &[String],
+) -> String {
     let mac = |bytes: &[u8]| match <[u8; 6]>::try_from(bytes) {
         Ok(bytes) => HardwareAddr::new(bytes).to_string(),
         Err(_) => String::new(),
@@ -32,12 +38,14 @@ pub(crate) fn added(version: Version, added: &AddResponse, interface: &DeviceNam
     if version < Version::V1_0_0 {
         ip["version"] = "4".into();
     }
+    // Absent, not empty: Garden then gives the container the cell's own resolvers.
+    let dns = if nameservers.is_empty() { json!({}) } else { json!({"nameservers": nameservers}) };
     pretty(&json!({
         "cniVersion": version.as_str(),
         "interfaces": [host, inner],
         "ips": [ip],
         "routes": [{"dst": "0.0.0.0/0", "gw": gateway}],
-        "dns": {},
+        "dns": dns,
     }))
 }
 

@@ -22,8 +22,9 @@ use tonic::{Request, Response, Status};
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, StatusRequest,
-    StatusResponse,
+    AddRequest, AddResponse, CheckRequest, CheckResponse, ConnectionRate, DeleteRequest, DeleteResponse,
+    DenyNetworks, ExplainRequest, ExplainResponse, HostService, Network, OutboundConnections, PortMapping,
+    Settings, StatusRequest, StatusResponse, Transport,
 };
 use weft_proto::status::to_status;
 
@@ -71,6 +72,10 @@ impl Containers for Node {
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
         self.arrived.lock().unwrap().deletes.push(request.into_inner());
         self.answer(DeleteResponse {})
+    }
+
+    async fn explain(&self, _: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
+        Err(Status::unimplemented("a plugin does not ask"))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
@@ -229,6 +234,84 @@ fn add_gives_the_result_in_the_version_asked_for() {
     );
 }
 
+/// What silk's configuration had, and what Garden passes, arrives at the node in types; the rules as they came.
+#[test]
+fn what_a_container_may_do_reaches_the_node() {
+    let world = World::new(None);
+    let mut conf = world.conf("1.0.0");
+    conf["runtimeConfig"] = json!({
+        "portMappings": [{"host_port": 61000, "container_port": 8080}, {"hostPort": 61001, "containerPort": 2222, "protocol": "tcp"}],
+        "netOutRules": [{"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.9"}], "ports": [{"start": 443}]}],
+    });
+    let fields = json!({
+        "dns_servers": ["169.254.0.53", "2001:db8::53"],
+        "host_tcp_services": ["169.254.0.3:9001"], "host_udp_services": ["169.254.0.3:9002"],
+        "deny_networks": {"always": ["10.1.2.3/24"], "running": ["10.2.0.0/16"], "staging": ["0.0.0.0/0"]},
+        "outbound_connections": {"limit": true, "logging": true, "burst": 5, "rate_per_sec": 2, "max": 500},
+        "no_masquerade_cidr_range": "10.255.0.0/16",
+        "iptables_asg_logging": true, "iptables_denied_logs_per_sec": 3, "iptables_accepted_udp_logs_per_sec": 4,
+        "deny_cloud_metadata": false,
+    });
+    conf.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let output = world.run("ADD", &conf);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(document(&output)["dns"], json!({"nameservers": ["169.254.0.53", "2001:db8::53"]}));
+    assert!(world.run("ADD", &world.conf("1.0.0")).status.success());
+
+    let arrived = world.arrived.lock().unwrap();
+    let network = |address: [u8; 4], prefix| Network { address: u32::from_be_bytes(address), prefix };
+    let service = |transport: Transport, port| HostService {
+        transport: transport.into(),
+        address: u32::from_be_bytes([169, 254, 0, 3]),
+        port,
+    };
+    let expected = AddRequest {
+        handle: "handle-1".into(),
+        interface: "eth0".into(),
+        mtu: 0,
+        owner: arrived.adds[1].owner.clone(),
+        ports: vec![
+            PortMapping { host: 61_000, container: 8080 },
+            PortMapping { host: 61_001, container: 2222 },
+        ],
+        settings: Some(Settings {
+            dns_servers: vec![u32::from_be_bytes([169, 254, 0, 53])],
+            host_services: vec![service(Transport::Tcp, 9001), service(Transport::Udp, 9002)],
+            deny_networks: Some(DenyNetworks {
+                always: vec![network([10, 1, 2, 0], 24)],
+                running: vec![network([10, 2, 0, 0], 16)],
+                staging: vec![network([0, 0, 0, 0], 0)],
+            }),
+            outbound_connections: Some(OutboundConnections {
+                rate: Some(ConnectionRate { burst: 5, per_sec: 2, dry_run: false, log: true }),
+                max: 500,
+            }),
+            no_masquerade: Some(network([10, 255, 0, 0], 16)),
+            log_all: true,
+            denied_logs_per_sec: 3,
+            accepted_udp_logs_per_sec: 4,
+            deny_cloud_metadata: false,
+        }),
+        net_out_rules: conf["runtimeConfig"]["netOutRules"].to_string().into(),
+    };
+    assert_eq!(arrived.adds[0], expected);
+    // And without any of it.
+    let plain = AddRequest {
+        ports: vec![PortMapping { host: 61_000, container: 8080 }],
+        settings: Some(Settings {
+            deny_networks: Some(DenyNetworks::default()),
+            outbound_connections: Some(OutboundConnections::default()),
+            denied_logs_per_sec: 1,
+            accepted_udp_logs_per_sec: 100,
+            deny_cloud_metadata: true,
+            ..Settings::default()
+        }),
+        net_out_rules: Vec::new(),
+        ..expected
+    };
+    assert_eq!(arrived.adds[1], plain);
+}
+
 #[test]
 fn delete_and_check_say_nothing_when_all_is_well() {
     let world = World::new(None);
@@ -244,8 +327,12 @@ fn delete_and_check_say_nothing_when_all_is_well() {
     assert!(execute(&environment, world.conf("1.0.0").to_string().as_bytes()).status.success());
     environment.remove(2);
     assert!(execute(&environment, world.conf("1.0.0").to_string().as_bytes()).status.success());
+    // What only an ADD needs, and what is wrong in it, keeps no container from being deleted.
+    let mut wrong = world.conf("1.0.0");
+    wrong["dns_servers"] = json!(["banana"]);
+    assert!(execute(&environment, wrong.to_string().as_bytes()).status.success());
     let arrived = world.arrived.lock().unwrap();
-    assert_eq!((arrived.deletes.len(), arrived.checks[0].address), (3, 0x0aff_1e02));
+    assert_eq!((arrived.deletes.len(), arrived.checks[0].address), (4, 0x0aff_1e02));
     assert_eq!(arrived.namespaces.len(), 2, "nothing is passed where there is nothing");
 }
 
@@ -315,6 +402,37 @@ fn wrong_input_is_refused_by_name_and_never_reaches_the_node() {
     refused(&world.run("ADD", &with("mtu", "big".into())), 7, "mtu");
     refused(&world.run("ADD", &with("cniVersion", 1.into())), 7, "cniVersion");
     refused(&world.run("ADD", &with("metadata", "x".into())), 7, "metadata");
+    for (field, value, names) in [
+        ("dns_servers", json!(["banana"]), "field dns_servers: invalid DNS server \"banana\""),
+        ("host_tcp_services", json!(["169.254.0.3"]), "field host_tcp_services: `169.254.0.3`"),
+        ("host_udp_services", json!(["169.254.0.3:x"]), "field host_udp_services: `169.254.0.3:x`"),
+        ("deny_networks", json!({"always": ["1.2.3.4"]}), "field deny_networks.always: `1.2.3.4`"),
+        ("deny_networks", json!({"running": ["x"]}), "field deny_networks.running: `x`"),
+        ("deny_networks", json!({"staging": ["::/0"]}), "field deny_networks.staging: `::/0`"),
+        ("outbound_connections", json!({"burst": 0}), "field outbound_connections.burst: `0`"),
+        ("outbound_connections", json!({"rate_per_sec": 0}), "field outbound_connections.rate_per_sec: `0`"),
+        ("outbound_connections", json!({"max": "x"}), "field outbound_connections.max: `\"x\"`"),
+        ("no_masquerade_cidr_range", json!("10.0.0.0"), "field no_masquerade_cidr_range: `10.0.0.0`"),
+        ("iptables_asg_logging", json!("x"), "field iptables_asg_logging: `\"x\"`"),
+        ("iptables_denied_logs_per_sec", json!(0), "field iptables_denied_logs_per_sec: `0`"),
+        ("iptables_accepted_udp_logs_per_sec", json!(0), "field iptables_accepted_udp_logs_per_sec: `0`"),
+        ("deny_cloud_metadata", json!(1), "field deny_cloud_metadata: `1`"),
+        ("runtimeConfig", json!({"netOutRules": {}}), "field runtimeConfig.netOutRules: "),
+        (
+            "runtimeConfig",
+            json!({"portMappings": [{"host_port": 0, "container_port": 1}]}),
+            "field runtimeConfig.portMappings[0].host_port: `0`",
+        ),
+        (
+            "runtimeConfig",
+            json!({"portMappings": [{"host_port": 7, "container_port": 1}, {"host_port": 7, "container_port": 2}]}),
+            "host_port: 7 is mapped twice",
+        ),
+    ] {
+        refused(&world.run("ADD", &with(field, value)), 7, names);
+    }
+    let udp = json!({"portMappings": [{"host_port": 7, "container_port": 1, "protocol": "udp"}]});
+    refused(&world.run("ADD", &with("runtimeConfig", udp)), 2, "portMappings[0].protocol with value \"udp\"");
     refused(&world.run("CHECK", &with("cniVersion", "0.3.1".into())), 7, "CHECK");
     refused(&execute(&environment("CNI_NETNS", Some("/nonexistent")), text.as_bytes()), 3, "/nonexistent");
     let arrived = world.arrived.lock().unwrap();
@@ -325,6 +443,11 @@ fn wrong_input_is_refused_by_name_and_never_reaches_the_node() {
 fn what_the_node_refuses_keeps_its_code_and_its_words() {
     for (reason, code, names) in [
         (Reason::AlreadyAdded { handle: "handle-1".into() }, 100, "handle-1"),
+        (
+            Reason::HostPortTaken { port: 61_000, holder: "handle-0".into() },
+            101,
+            "61000 of the cell is taken by container handle-0",
+        ),
         (Reason::InterfaceTaken { interface: "eth0".into() }, 102, "eth0"),
         (Reason::SubnetFull { subnet: "10.255.30.0/24".into() }, 103, "10.255.30.0/24"),
         (Reason::LeaseConflict { holder: "another".into() }, 105, "another"),

@@ -1,5 +1,7 @@
 //! Security groups' rules as values: what a container may send to the world (NetOut).
 
+pub mod garden;
+
 use std::fmt;
 use std::net::Ipv4Addr;
 

@@ -1,5 +1,6 @@
 //! Containers as the platform names them.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::str::FromStr;
@@ -7,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{DeviceName, NotValid, OverlayAddr};
-use crate::profile::Digest;
+use crate::profile::{Digest, Workload};
 
 /// Garden's name of a container, CNI's container id: starts with a letter or digit, then letters, digits,
 /// `_`, `.` and `-` (CNI 1.1.0, CNI_CONTAINERID). At most 239 bytes, so that it fits a file name
@@ -70,11 +71,27 @@ pub struct Owner {
     pub container_workload: String,
 }
 
+impl Owner {
+    pub fn workload(&self) -> Workload {
+        match self.container_workload.as_str() {
+            "app" | "task" => Workload::Running,
+            "staging" => Workload::Staging,
+            _ => Workload::Other,
+        }
+    }
+}
+
 /// A port of the cell that leads to a port of the container (NetIn): TCP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PortMapping {
     pub host: NonZeroU16,
     pub container: NonZeroU16,
+}
+
+/// The first port of the cell that two of the mappings have.
+pub fn mapped_twice(ports: &[PortMapping]) -> Option<NonZeroU16> {
+    let mut seen = BTreeSet::new();
+    ports.iter().map(|mapping| mapping.host).find(|host| !seen.insert(*host))
 }
 
 /// A container on this cell: what was asked for, and the address it got.

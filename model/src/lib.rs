@@ -20,8 +20,10 @@ pub mod keeper;
 pub mod lease;
 pub mod ledger;
 pub mod link;
+pub mod policy;
 pub mod profile;
 pub mod reason;
 pub mod subnet;
+pub mod traffic;
 #[cfg(feature = "walk")]
 pub mod walk;

@@ -42,7 +42,11 @@ pub enum Reason {
     #[error(
         "port {port} of the cell is taken by container {holder}; delete that one first, or map another port"
     )]
-    HostPortTaken { port: u16, holder: String },
+    HostPortTaken {
+        #[serde(with = "as_text")]
+        port: u16,
+        holder: String,
+    },
     #[error("no free address in {subnet}: every one is in use or still being cleaned up")]
     SubnetFull { subnet: String },
 
@@ -171,5 +175,18 @@ impl Reason {
 
     pub fn class(&self) -> Class {
         self.meaning().class
+    }
+}
+
+/// Fields of a reason are texts, so that they travel as such (`google.rpc.ErrorInfo`).
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(number: &u16, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(number)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }

@@ -4,13 +4,16 @@ use std::net::Ipv4Addr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use nf_tables::Data;
 use proptest::prelude::*;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
 use weft_model::cell::unit::plan;
-use weft_model::cell::{Cell, Key, Object, Wanted};
+use weft_model::cell::{Cell, Key, Object, Outcome, Wanted};
+use weft_model::container::PortMapping;
 use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
-use weft_model::firewall::program;
+use weft_model::firewall::{Content, program};
 use weft_model::profile::{Profile, Settings};
+use weft_model::reason::Reason;
 use weft_model::walk;
 
 const WORLD: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
@@ -146,4 +149,29 @@ fn a_limit_of_connections_stands_before_the_security_groups() {
     let (cell, from) = cell_with(Profile { rules, settings, ..Profile::default() });
     let told = ask(&cell, from, WORLD, Probe::Tcp { port: 80 });
     assert_eq!((told.verdict, told.masqueraded), (Verdict::Allowed, true), "{told:?}");
+}
+
+/// dataplane.md, "To a mapped port".
+#[test]
+fn a_port_of_the_cell_has_one_container_until_its_namespace_has_ended() {
+    let mut cell = walk::start(7);
+    let port = |n: u16| n.try_into().expect("port");
+    let mapped = |n| Wanted {
+        ports: vec![PortMapping { host: port(61000), container: port(8080) }],
+        ..walk::wanted(n)
+    };
+    let first = cell.add(mapped(1)).expect("added");
+    let taken = Reason::HostPortTaken { port: 61000, holder: walk::handle(1).to_string() };
+    assert_eq!(cell.add(mapped(2)).err(), Some(taken));
+    assert_eq!(cell.roster().get(&walk::handle(2)), None, "a refusal leaves nothing");
+    let step = cell.diff();
+    cell.settle(&step, &Outcome::default());
+    cell.link_gone(first.addr).expect("lost");
+    let second = cell.add(mapped(2)).expect("its namespace has ended");
+    assert_eq!(cell.roster().get(&walk::handle(1)), None);
+    let ports =
+        plan(cell.inputs()).into_iter().filter(|(key, _)| key.to_string().contains("element of ports"));
+    let leads: Vec<_> = ports.map(|(_, object)| object).collect();
+    let to = [&second.addr.get().octets()[..], &[0x1f, 0x90, 0, 0]].concat();
+    assert_eq!(leads, [Object::Firewall(Content::Element(Data::Value(to)))]);
 }

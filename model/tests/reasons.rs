@@ -29,6 +29,7 @@ fn samples() -> Vec<Reason> {
         Reason::UnknownContainer { handle: s("handle") },
         Reason::Damaged { handle: s("handle"), what: s("what") },
         Reason::AlreadyAdded { handle: s("handle") },
+        Reason::HostPortTaken { port: 61_000, holder: s("holder") },
         Reason::InterfaceTaken { interface: s("interface") },
         Reason::SubnetFull { subnet: s("subnet") },
         Reason::PoolExhausted { network: s("network") },

@@ -7,9 +7,10 @@
 //!  - One error for each message that failed, in their order; nothing for those that did not, but for the last, which
 //!    asks for an acknowledgement: [`Transaction::last`]. Its answer, good or bad, is the end of the answers; the
 //!    transaction is done if none was an error.
-//!  - One error with the number of the batch's beginning, [`Transaction::first`], for the batch as a whole: ERESTART if
-//!    it was pinned to a generation that has passed (nothing else is answered then); ENOMEM; or what the commit itself
-//!    complains of, before the last message's answer, which is an acknowledgement all the same.
+//!  - One error with the number of the batch's beginning, [`Transaction::first`], for the batch as a whole: nothing of it
+//!    happened. ERESTART if it was pinned to a generation that has passed, ENOMEM, EOPNOTSUPP without nf_tables: nothing
+//!    else is answered then. What the commit itself complains of is followed by the last message's answer, which is an
+//!    acknowledgement all the same. So after such an error there may be more to read, but it is not to be waited for.
 //!
 //! What the socket must have: room for the batch in one piece to send (SO_SNDBUFFORCE, twice its length: else EMSGSIZE),
 //! room to receive (SO_RCVBUFFORCE), NETLINK_CAP_ACK (else each error carries the whole message back) and NETLINK_EXT_ACK.

@@ -1,5 +1,6 @@
 //! Every number of the wire format that is written or looked for, with the Linux version that brought it: the one place
-//! to see what the oldest kernel must know. A test refuses what is newer than 5.15.
+//! to see what the oldest kernel must know. A test refuses what is newer than 5.15. (Versions before 5.0 were not looked
+//! up one by one: they may be off by one or two.)
 //!
 //! Names and values are those of linux/netlink.h, linux/netfilter.h, linux/netfilter/{nfnetlink,nf_tables,nf_nat}.h;
 //! names of expressions those that net/netfilter registers. The user data (`NFTNL_UDATA_*`) is not read by the kernel:
@@ -42,6 +43,7 @@ constants! {
         NLA_F_NET_BYTEORDER = 0x4000;
     }
     (3, 1) u16 { NLM_F_DUMP_INTR = 0x10; }
+    (4, 1) u16 { NFTA_SET_ELEM_EXPR = 7; }
     (4, 3) u16 { NLM_F_CAPPED = 0x100; }
     (4, 12) u16 {
         NLM_F_ACK_TLVS = 0x200;
@@ -57,7 +59,7 @@ constants! {
         NFNL_MSG_BATCH_BEGIN = NLMSG_MIN_TYPE;
         NFNL_MSG_BATCH_END = NLMSG_MIN_TYPE + 1;
     }
-    (4, 12) u16 { NFNL_BATCH_GENID = 1; }
+    (4, 11) u16 { NFNL_BATCH_GENID = 1; }
 
     // Messages.
     (3, 13) u16 {
@@ -223,6 +225,7 @@ constants! {
         NFTA_LOOKUP_SET = 1;
         NFTA_LOOKUP_SREG = 2;
         NFTA_LOOKUP_DREG = 3;
+        NFTA_COUNTER_PACKETS = 2;
         NFTA_LIMIT_RATE = 1;
         NFTA_LIMIT_UNIT = 2;
         NFTA_LOG_GROUP = 1;
@@ -265,10 +268,8 @@ constants! {
         NFTA_LIMIT_BURST = 3;
         NFTA_LIMIT_TYPE = 4;
     }
-    (4, 5) u16 {
-        NFTA_LIMIT_FLAGS = 5;
-        NFTA_MASQ_REG_PROTO_MIN = 2;
-    }
+    (4, 5) u16 { NFTA_LIMIT_FLAGS = 5; }
+    (4, 6) u16 { NFTA_MASQ_REG_PROTO_MIN = 2; }
     (4, 8) u16 { NFTA_LOOKUP_FLAGS = 5; }
     (4, 18) u16 {
         NFTA_CONNLIMIT_COUNT = 1;
@@ -296,6 +297,7 @@ constants! {
     (3, 18) u32 { NFT_REJECT_ICMPX_UNREACH = 2; }
     (3, 18) u8 { NFT_REJECT_ICMPX_PORT_UNREACH = 1; }
     (4, 1) u32 { NFT_DYNSET_OP_UPDATE = 1; }
+    (5, 11) u32 { NFT_DYNSET_F_EXPR = 2; }
     (4, 3) u32 { NFT_LIMIT_PKTS = 0; }
     (4, 5) u32 { NFT_LIMIT_F_INV = 1; }
     (4, 8) u32 { NFT_LOOKUP_F_INV = 1; }

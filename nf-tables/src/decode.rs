@@ -27,9 +27,9 @@ pub struct NotWhole(pub usize);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
-    /// That of the question or the operation which it answers; 0 in a notification that nobody's request caused.
+    /// That of the question or the operation which it answers; in a notification, of the one that caused it.
     pub sequence: u32,
-    /// The port of who asked, or whose transaction is announced.
+    /// The port of who asked, or whose transaction is announced: the address that the socket is bound to.
     pub port: u32,
     /// Part of a dump that a commit ran into (NLM_F_DUMP_INTR): ask again.
     pub interrupted: bool,
@@ -65,7 +65,8 @@ pub struct Refusal {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Generation {
     pub id: u32,
-    /// The process that committed it, 0 if not told (a question is answered with the asker's own).
+    /// The thread that committed it, by its number in the first PID namespace, and by its name (of 15 bytes at most). To a
+    /// question: the asker's own. To tell one's own commits from others', [`Message::port`] is better.
     pub pid: u32,
     pub process: String,
 }

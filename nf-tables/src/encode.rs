@@ -256,14 +256,18 @@ fn expression(out: &mut Writer, expression: &Expression, sets: &SetIds) {
             if let Some(id) = sets.get(set) {
                 out.be32(NFTA_DYNSET_SET_ID, *id);
             }
+            // In sets without a timeout too: since 5.16, and 5.15's stable updates of November 2021 (7b1394892de8).
             out.be32(NFTA_DYNSET_OP, NFT_DYNSET_OP_UPDATE);
             out.be32(NFTA_DYNSET_SREG_KEY, register(*key));
             match with.as_slice() {
                 [] => {}
                 [one] => stateful(out, NFTA_DYNSET_EXPR, one),
-                several => out.nest(NFTA_DYNSET_EXPRESSIONS, |out| {
-                    several.iter().for_each(|one| stateful(out, NFTA_LIST_ELEM, one));
-                }),
+                several => {
+                    out.nest(NFTA_DYNSET_EXPRESSIONS, |out| {
+                        several.iter().for_each(|one| stateful(out, NFTA_LIST_ELEM, one));
+                    });
+                    out.be32(NFTA_DYNSET_FLAGS, NFT_DYNSET_F_EXPR);
+                }
             }
         }),
         Expression::Dnat { addr, port } => named(NAT, &|out| {

@@ -58,7 +58,7 @@ pub enum Expression {
         then: Lookup,
     },
     /// Puts the key into a dynamic set, or refreshes it there, and evaluates what the element carries. Does not match if
-    /// the set is full, or if what the element carries does not.
+    /// the set is full, or if what the element carries does not. It carries two things at most.
     Update {
         set: Name,
         key: Slot,
@@ -119,7 +119,7 @@ pub enum Comparison {
 /// What a lookup does with what it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lookup {
-    /// Matches if the key is there.
+    /// Matches if the key is there. In a set only, as [`Lookup::Absent`]: 5.15 refuses it in a map.
     Present,
     /// Matches if it is not.
     Absent,

@@ -31,7 +31,8 @@ impl Field {
         Self::InterfaceName,
     ];
 
-    /// Bytes.
+    /// Bytes. None is empty.
+    #[expect(clippy::len_without_is_empty, reason = "a field always has bytes")]
     pub const fn len(self) -> u32 {
         match self {
             Self::Protocol | Self::IcmpType | Self::IcmpCode => 1,

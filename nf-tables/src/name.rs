@@ -39,7 +39,8 @@ impl fmt::Display for Name {
     }
 }
 
-/// The words of the nft language that have the form of a name (nftables 1.1, src/scanner.l).
+/// The words of the nft language that have the form of a name (nftables 1.1, src/scanner.l). Some are words only in their
+/// place, and more of them with each version of `nft`.
 const RESERVED: &[&str] = &[
     "accept",
     "add",
@@ -64,12 +65,14 @@ const RESERVED: &[&str] = &[
     "ckey",
     "code",
     "comment",
+    "comp",
     "concat",
     "constant",
     "continue",
     "count",
     "counter",
     "counters",
+    "cpu",
     "create",
     "ct",
     "cwr",
@@ -94,6 +97,7 @@ const RESERVED: &[&str] = &[
     "element",
     "elements",
     "eq",
+    "esp",
     "established",
     "ether",
     "exists",
@@ -111,11 +115,14 @@ const RESERVED: &[&str] = &[
     "flowtables",
     "flush",
     "forever",
+    "frag",
     "fragmentation",
     "fully-random",
     "fwd",
+    "gc-interval",
     "ge",
     "geneve",
+    "get",
     "ghdrchksum",
     "goto",
     "gre",
@@ -124,6 +131,7 @@ const RESERVED: &[&str] = &[
     "gt",
     "handle",
     "hash",
+    "hbh",
     "helper",
     "hook",
     "hoplimit",
@@ -163,8 +171,10 @@ const RESERVED: &[&str] = &[
     "level",
     "limit",
     "list",
+    "ll",
     "local",
     "log",
+    "lshift",
     "lt",
     "map",
     "maps",
@@ -183,12 +193,16 @@ const RESERVED: &[&str] = &[
     "new",
     "nexthdr",
     "nfproto",
+    "nftrace",
     "ng",
+    "nh",
     "no",
     "not",
     "notrack",
+    "numgen",
     "obriport",
     "obrname",
+    "offload",
     "offset",
     "oif",
     "oifgroup",
@@ -208,8 +222,8 @@ const RESERVED: &[&str] = &[
     "pkttype",
     "policy",
     "position",
-    "priority",
     "prio",
+    "priority",
     "protocol",
     "queue",
     "quota",
@@ -225,19 +239,23 @@ const RESERVED: &[&str] = &[
     "reply",
     "reset",
     "return",
+    "rshift",
     "rt",
+    "rt0",
+    "rt2",
     "rtclassid",
     "rule",
     "ruleset",
     "saddr",
     "sample",
     "sctp",
-    "second",
     "secmark",
+    "second",
     "seconds",
     "set",
     "sets",
     "size",
+    "skgid",
     "skuid",
     "snaplen",
     "snat",
@@ -246,6 +264,7 @@ const RESERVED: &[&str] = &[
     "sport",
     "sports",
     "src",
+    "srh",
     "state",
     "stateless",
     "states",
@@ -263,6 +282,7 @@ const RESERVED: &[&str] = &[
     "tproxy",
     "transparent",
     "ttl",
+    "tunnel",
     "type",
     "typeof",
     "udp",
@@ -276,6 +296,7 @@ const RESERVED: &[&str] = &[
     "via",
     "vlan",
     "vmap",
+    "vni",
     "vxlan",
     "week",
     "wildcard",
@@ -284,3 +305,29 @@ const RESERVED: &[&str] = &[
     "xt",
     "zone",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_word_of_nft_is_a_name() {
+        for word in RESERVED {
+            assert_eq!(word.parse::<Name>(), Err(NotAName((*word).to_owned())));
+            let longer = format!("{word}-1");
+            assert!(longer.parse::<Name>().is_ok(), "{longer}");
+        }
+        assert!(RESERVED.is_sorted());
+    }
+
+    #[test]
+    fn what_a_name_is() {
+        let longest = "a".repeat(128);
+        for name in ["a", "egress-0a1f", "x_9", &longest] {
+            assert_eq!(name.parse::<Name>().map(|name| name.to_string()).as_deref(), Ok(name));
+        }
+        for none in ["", "A", "a.b", "9a", "-a", "_a", "a b", "a\0", "\u{e9}", &"a".repeat(129)] {
+            assert!(none.parse::<Name>().is_err(), "{none}");
+        }
+    }
+}

@@ -15,7 +15,8 @@ pub enum Verdict {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Rule {
     pub expressions: Vec<Expression>,
-    /// Shown by `nft list`; at most 128 bytes, empty: none.
+    /// Shown by `nft list`; at most 128 bytes, empty: none. A `"` in it or in a log's prefix is shown, but `nft -f` cannot
+    /// read it.
     pub comment: String,
 }
 

@@ -30,6 +30,7 @@ pub struct Dynamic {
     /// Elements at most.
     pub size: u32,
     /// After so many milliseconds without an update an element goes; none: it stays as long as what it carries counts.
+    /// The kernel rounds down to its ticks, 10 ms at most; it takes connections to count only without a timeout.
     pub timeout: Option<u64>,
 }
 
@@ -56,10 +57,13 @@ pub struct Ranges {
 }
 
 impl Ranges {
-    /// `stride`: bytes of one key. Each item's two ends have that length.
+    /// `stride`: bytes of one key. Each item's two ends have that length. (No ranges are equal whatever their keys.)
     pub fn new<'a>(stride: u32, ends: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> Self {
         let stride = stride as usize;
         let mut all: Vec<(&[u8], &[u8])> = ends.into_iter().collect();
+        if all.is_empty() {
+            return Self::default();
+        }
         all.sort_unstable();
         let mut bytes = Vec::with_capacity(all.len() * 2 * stride);
         for (low, high) in all {

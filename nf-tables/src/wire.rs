@@ -238,8 +238,16 @@ mod tests {
                 let _ = Attributes(message.body).count();
                 rest = behind;
             }
-            let _ = Attributes(&bytes).map(|(_, value)| Attributes(value).count()).count();
+            let _: usize = Attributes(&bytes).map(|(_, value)| Attributes(value).count()).sum();
         }
+    }
+
+    #[test]
+    fn the_last_one_needs_no_filling() {
+        let bytes = [&6_u16.to_ne_bytes()[..], &1_u16.to_ne_bytes(), &[7, 8]].concat();
+        assert_eq!(Attributes(&bytes).collect::<Vec<_>>(), [(1, &[7, 8][..])]);
+        let longer = [&7_u16.to_ne_bytes()[..], &bytes[2..]].concat();
+        assert_eq!(Attributes(&longer).count(), 0);
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //!
 //! Owns the socket and its directory. Woken by connections, each admitted in a task of its own ([`admit`]), so that
 //! a slow client delays nobody. Emits decoded calls ([`Calls`]); whether the container's namespace is one, and not
-//! the cell's own, is known before a call goes further.
+//! the cell's own, is known before a call goes further, and so is what its security groups come to ([`Profiles`]).
 
 mod admit;
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -16,16 +17,23 @@ use std::path::{Path, PathBuf};
 use tokio::net::UnixListener;
 use tonic::{Request, Response, Status};
 use weft_model::address::OverlayAddr;
+use weft_model::asg::garden;
+use weft_model::cell::Wanted;
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, StatusRequest,
-    StatusResponse,
+    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, ExplainRequest,
+    ExplainResponse, StatusRequest, StatusResponse,
 };
 use weft_proto::{convert, status::to_status};
 
 use crate::calls::Calls;
+use crate::inbox::{Question, Sender};
+use crate::profiles::{Passed, Profiles};
 use admit::Peer;
+
+/// Bytes of a request: a list of rules, and room for all else.
+const MAX_REQUEST: usize = garden::MAX_BYTES + (1 << 20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
@@ -97,7 +105,8 @@ impl Socket {
         calls: impl Calls,
         shutdown: impl Future<Output = ()> + Send,
     ) -> Result<(), ApiError> {
-        let service = ContainersServer::new(Api { calls, own_namespace: self.own_namespace });
+        let api = Api { calls, own_namespace: self.own_namespace, profiles: Profiles::default() };
+        let service = ContainersServer::new(api).max_decoding_message_size(MAX_REQUEST);
         let incoming = admit::connections(self.listener);
         let server = tonic::transport::Server::builder().add_service(service);
         server.serve_with_incoming_shutdown(incoming, shutdown).await.map_err(ApiError::Serve)
@@ -125,6 +134,7 @@ fn remove_stale(path: &Path) -> Result<(), ApiError> {
 struct Api<C> {
     calls: C,
     own_namespace: Identity,
+    profiles: Profiles,
 }
 
 impl<C: Calls> Api<C> {
@@ -137,6 +147,17 @@ impl<C: Calls> Api<C> {
         })?;
         self.check_namespace(&descriptor)?;
         Ok(descriptor)
+    }
+
+    async fn wanted(&self, request: AddRequest) -> Result<Wanted, Reason> {
+        let mut asked = convert::asked_from(request)?;
+        let passed = Passed {
+            workload: asked.owner.workload(),
+            settings: mem::take(&mut asked.settings),
+            net_out_rules: mem::take(&mut asked.net_out_rules),
+        };
+        let profile = self.profiles.get(passed, &asked.handle).await?;
+        Ok(convert::wanted(asked, profile))
     }
 
     fn check_namespace(&self, descriptor: &OwnedFd) -> Result<(), Reason> {
@@ -172,7 +193,7 @@ fn is_network_namespace(descriptor: &OwnedFd) -> bool {
 impl<C: Calls> Containers for Api<C> {
     async fn add(&self, request: Request<AddRequest>) -> Result<Response<AddResponse>, Status> {
         let namespace = self.namespace(&request).map_err(|reason| to_status(&reason))?;
-        let wanted = convert::wanted_from(request.into_inner()).map_err(|reason| to_status(&reason))?;
+        let wanted = self.wanted(request.into_inner()).await.map_err(|reason| to_status(&reason))?;
         let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
         Ok(Response::new(convert::added_to(&link)))
     }
@@ -201,6 +222,20 @@ impl<C: Calls> Containers for Api<C> {
             self.calls.delete(handle, interface).await
         };
         deleted.await.map(|()| Response::new(DeleteResponse {})).map_err(|reason| to_status(&reason))
+    }
+
+    async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
+        let request = request.into_inner();
+        let explained = async {
+            let probe = convert::probe_from(&request)?;
+            let from = match request.from.parse() {
+                Ok(addr) => Sender::Addr(addr),
+                Err(_) => Sender::Container(convert::handle_from(request.from)?),
+            };
+            self.calls.explain(Question { from, to: request.to.into(), probe }).await
+        };
+        let explained = explained.await.map_err(|reason| to_status(&reason))?;
+        Ok(Response::new(convert::explained_to(explained)))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

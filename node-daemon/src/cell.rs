@@ -25,6 +25,7 @@ use weft_model::firewall::Guard;
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 
+use crate::flow_log::Directory;
 use crate::inbox::{Inbox, Reply, Request, Waiting};
 use crate::journal::Journal;
 use crate::kernel::events::Event;
@@ -55,6 +56,8 @@ pub struct Task<K> {
     pub underlay: Underlay,
     /// Who rejects what containers send to the cell.
     pub guard: watch::Receiver<Guard>,
+    /// Who is who, for the traffic log; none: there is none.
+    pub directory: Option<watch::Sender<Arc<Directory>>>,
     pub metrics: Arc<Metrics>,
 }
 
@@ -86,6 +89,8 @@ struct Running<K> {
     table_touched: bool,
     forgetting: bool,
     forgetting_fails: bool,
+    /// The roster has changed since the directory was published.
+    roster_changed: bool,
 }
 
 impl<K: Kernel> Task<K> {
@@ -106,6 +111,7 @@ impl<K: Kernel> Task<K> {
             table_touched: false,
             forgetting: false,
             forgetting_fails: false,
+            roster_changed: true,
         };
         running.follow_leases();
         running.follow_guard();
@@ -232,6 +238,10 @@ impl<K: Kernel> Running<K> {
             self.answer(asked, &failed);
         }
         self.forget_resting();
+        if let Some(directory) = self.task.directory.as_ref().filter(|_| self.roster_changed) {
+            directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
+            self.roster_changed = false;
+        }
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
     }
 
@@ -336,6 +346,7 @@ impl<K: Kernel> Running<K> {
 
     fn write_journal(&mut self) -> Result<(), crate::journal::JournalError> {
         let records = self.task.cell.take_records();
+        self.roster_changed |= !records.is_empty();
         self.task.journal.append(&records, || self.task.cell.roster().records().collect())
     }
 

@@ -1,6 +1,7 @@
 //! The configuration file, parsed into values that cannot be wrong.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -13,6 +14,8 @@ use weft_model::cell::CellConfig;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
 
 use crate::cell::Underlay;
+use crate::flow_log::{self, Host, Timestamps};
+use crate::guard;
 
 /// One JSON object; every field but the first group has a default. docs/operating.md describes them for people.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -66,9 +69,20 @@ pub struct Config {
     /// The devices for that, if not those that have `underlay_ips`.
     #[serde(default)]
     pub underlay_interface_names: BTreeSet<DeviceName>,
-    /// The NFLOG group through which the kernel passes the traffic log: nobody else on the machine may read it.
-    #[serde(default = "default::nflog_group")]
-    pub nflog_group: u16,
+    /// What the firewall decided, as lines of JSON. Empty: no traffic log.
+    #[serde(default = "default::traffic_log_file")]
+    pub traffic_log_file: PathBuf,
+    /// The NFLOG group through which the kernel passes it: nobody else on the machine may read it.
+    #[serde(default = "default::traffic_log_group")]
+    pub traffic_log_group: u16,
+    #[serde(default)]
+    pub traffic_log_timestamps: Timestamps,
+    /// The backend for the two rules at the end of iptables' chains; `auto`: the one that the cell uses already.
+    #[serde(default)]
+    pub iptables_backend: guard::Wish,
+    /// Where iptables is, if it is not to be looked for: Garden's own.
+    #[serde(default)]
+    pub iptables_directory: Option<PathBuf>,
     /// Health and metrics, plain HTTP on loopback.
     #[serde(default = "default::health_address")]
     pub health_address: SocketAddr,
@@ -105,7 +119,11 @@ mod default {
         4789
     }
 
-    pub(super) fn nflog_group() -> u16 {
+    pub(super) fn traffic_log_file() -> PathBuf {
+        "/var/vcap/sys/log/weft-node/traffic.log".into()
+    }
+
+    pub(super) fn traffic_log_group() -> u16 {
         2312
     }
 
@@ -149,7 +167,7 @@ impl Config {
             overlay: self.overlay_network,
             mtu: (self.mtu != 0).then_some(self.mtu),
             policy: !self.disable_container_network_policy,
-            log_group: self.nflog_group,
+            log_group: self.traffic_log_group,
         }
     }
 
@@ -160,6 +178,18 @@ impl Config {
             ways: self.underlay_interface_names.clone(),
             addresses: if self.underlay_ips.is_empty() { own() } else { self.underlay_ips.clone() },
         }
+    }
+
+    /// None: no traffic log.
+    pub fn traffic_log(&self) -> Option<flow_log::Settings> {
+        let host = Host { addr: self.underlay_ip, guid: self.cell_id.clone() };
+        let (file, timestamps) = (self.traffic_log_file.clone(), self.traffic_log_timestamps);
+        (!file.as_os_str().is_empty()).then_some(flow_log::Settings { file, timestamps, host })
+    }
+
+    pub fn guard(&self, path: Option<&OsStr>) -> guard::Config {
+        let directories = guard::directories(self.iptables_directory.as_deref(), path);
+        guard::Config { backend: self.iptables_backend, directories }
     }
 
     pub fn wants(&self) -> SubnetKind {

@@ -12,6 +12,8 @@
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  events    notifications               conntrack connections of a former address
+//!  ruleset_events    notifications on nf_tables          nflog     what rules log
+//!  nflog     what the firewall decided
 //! ```
 
 pub mod conntrack;
@@ -21,7 +23,9 @@ pub mod events;
 pub mod inside;
 mod lay;
 mod message;
+pub mod nflog;
 mod rules;
+pub mod ruleset_events;
 mod see;
 mod socket;
 mod sysctl;
@@ -39,6 +43,7 @@ use weft_model::address::{DeviceName, OverlayAddr, UnderlayAddr};
 use weft_model::cell::{Outcome, Scope, Seen, Step, UnderlayDevice};
 use weft_model::firewall::explain::Route;
 use weft_model::reason::Reason;
+use weft_model::traffic::Totals;
 
 use delete::Deleters;
 use dump::RouteSocket;
@@ -225,6 +230,30 @@ impl Kernel for Netlink {
         found.map_err(refused)?.ok_or_else(|| match named {
             Some(name) => KernelError::NoDevice(name.clone()),
             None => KernelError::NoUnderlay(addr),
+        })
+    }
+}
+
+/// Reads what the firewall has counted, on a socket of its own: nothing that changes the cell waits for it.
+#[derive(Debug)]
+pub struct Counted(RulesSocket);
+
+impl Counted {
+    /// For the network namespace of the calling thread.
+    pub fn open() -> Result<Self, KernelError> {
+        RulesSocket::open().map(Self).map_err(|source| KernelError::Refused {
+            operation: "open a netlink socket for",
+            subject: "the firewall's counters".into(),
+            source,
+        })
+    }
+
+    /// Blocks for as long as the kernel takes.
+    pub fn read(&mut self) -> Result<Totals, KernelError> {
+        self.0.totals().map_err(|source| KernelError::Refused {
+            operation: "read",
+            subject: "the firewall's counters".into(),
+            source,
         })
     }
 }

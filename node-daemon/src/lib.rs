@@ -1,9 +1,10 @@
 //! weft-node: keeps one cell's part of the overlay in step with its lease, its peers and its containers.
 //!
 //! ```text
-//!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links)
-//!                                  ▲ │ └──▶ journal        health, metrics
-//!  controllers ◀──▶ lease_stream ──┘ └◀── kernel::events
+//!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links, nf_tables)
+//!              profiles            ▲ │ └──▶ journal        health, metrics
+//!  controllers ◀──▶ lease_stream ──┘ │ └◀── kernel::events, kernel::ruleset_events
+//!  iptables ◀──▶ guard ──────────────┘ └──▶ flow_log ◀── kernel::nflog
 //! ```
 //! One task per module; each module's first lines say what it owns, what wakes it and what it emits.
 
@@ -11,12 +12,16 @@ pub mod api;
 pub mod calls;
 pub mod cell;
 pub mod config;
+pub mod flow_log;
+pub mod guard;
 pub mod inbox;
 pub mod journal;
 pub mod kernel;
 pub mod lease_stream;
 pub mod metrics;
 pub mod overlay;
+pub mod profiles;
+pub mod question;
 pub mod report;
 pub mod run;
 pub mod snapshot;

@@ -9,11 +9,15 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
 use weft_node::config::Config;
+use weft_node::question::{self, Target};
 use weft_node::{report, run};
+use weft_proto::convert;
 use weft_proto::node::StatusRequest;
 use weft_proto::node::containers_client::ContainersClient;
+use weft_proto::status::reason_of;
 
 /// Keeps this cell's part of a Weft overlay: VXLAN device, routes to other cells, container links.
 #[derive(Debug, Parser)]
@@ -32,19 +36,39 @@ enum Command {
         config: PathBuf,
     },
     /// Show what the daemon on this cell holds. Exit status 1 if it does not answer, or cannot add containers.
-    Status {
-        #[arg(long, default_value = "/var/vcap/data/weft-node/run/weft-node.sock")]
-        socket: PathBuf,
-        /// One JSON document instead of a table.
-        #[arg(long)]
-        json: bool,
+    Status(Ask),
+    /// Say what becomes of a connection, which rule decides, and whose it is: by the program that runs in the kernel.
+    /// Exit status 0 if it is allowed, 2 if it is refused or dropped, 1 if there is no answer.
+    Explain {
+        /// A container's handle, or an IPv4 address.
+        #[arg(long, value_name = "HANDLE|IP")]
+        from: String,
+        /// IP:PORT/tcp, IP:PORT/udp, IP/icmp, IP:TYPE.CODE/icmp, or IP/NUMBER for another protocol.
+        #[arg(long, value_name = "IP:PORT/PROTO")]
+        to: Target,
+        #[command(flatten)]
+        ask: Ask,
     },
 }
+
+/// How to ask the daemon.
+#[derive(Debug, clap::Args)]
+struct Ask {
+    #[arg(long, default_value = "/var/vcap/data/weft-node/run/weft-node.sock")]
+    socket: PathBuf,
+    /// One JSON document instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Exit status of an explanation that is not "allowed".
+const NOT_ALLOWED: u8 = 2;
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Run { config } => start(&config).map(|()| ExitCode::SUCCESS),
-        Command::Status { socket, json } => show(&socket, json),
+        Command::Status(ask) => show(&ask),
+        Command::Explain { from, to, ask } => explain(from, to, &ask),
     };
     done.unwrap_or_else(|error| {
         let _ = writeln!(std::io::stderr(), "weft-node: {error:#}");
@@ -64,7 +88,32 @@ fn start(config: &Path) -> Result<()> {
     done
 }
 
-fn show(socket: &Path, json: bool) -> Result<ExitCode> {
+fn show(ask: &Ask) -> Result<ExitCode> {
+    let status = asked(&ask.socket, async |mut node| node.status(StatusRequest {}).await)?;
+    print(if ask.json { format!("{:#}\n", report::json(&status)) } else { report::text(&status) })?;
+    if status.not_ready.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let _ = writeln!(std::io::stderr(), "weft-node: not ready: {}", status.not_ready);
+    Ok(ExitCode::FAILURE)
+}
+
+fn explain(from: String, to: Target, ask: &Ask) -> Result<ExitCode> {
+    let question = convert::probe_to(from, to.addr, to.probe);
+    let answer = asked(&ask.socket, async |mut node| node.explain(question).await)?;
+    print(if ask.json { format!("{:#}\n", question::json(&answer)) } else { question::text(&answer) })?;
+    Ok(if answer.verdict == "allowed" { ExitCode::SUCCESS } else { ExitCode::from(NOT_ALLOWED) })
+}
+
+fn print(text: String) -> Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("print")
+}
+
+/// One call to the daemon.
+fn asked<T>(
+    socket: &Path,
+    call: impl AsyncFnOnce(ContainersClient<Channel>) -> Result<Response<T>, Status>,
+) -> Result<T> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
     let asked = async {
@@ -74,16 +123,15 @@ fn show(socket: &Path, json: bool) -> Result<ExitCode> {
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
         let channel = Endpoint::from_static("http://weft-node").connect_with_connector(connector).await?;
-        anyhow::Ok(ContainersClient::new(channel).status(StatusRequest {}).await?.into_inner())
+        match call(ContainersClient::new(channel)).await {
+            Ok(answer) => Ok(answer.into_inner()),
+            Err(status) => match reason_of(&status) {
+                Some(reason) => Err(anyhow::Error::new(reason)),
+                None => Err(anyhow::Error::new(status)),
+            },
+        }
     };
     let answer = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(5), asked).await });
-    let status = answer.context("no answer in 5 s").flatten();
-    let status = status.with_context(|| format!("ask the daemon at {}", socket.display()))?;
-    let text = if json { format!("{:#}\n", report::json(&status)) } else { report::text(&status) };
-    std::io::stdout().write_all(text.as_bytes()).context("print")?;
-    if status.not_ready.is_empty() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    let _ = writeln!(std::io::stderr(), "weft-node: not ready: {}", status.not_ready);
-    Ok(ExitCode::FAILURE)
+    let answer = answer.context("no answer in 5 s").flatten();
+    answer.with_context(|| format!("ask the daemon at {}", socket.display()))
 }

@@ -3,25 +3,29 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tracing::info;
+use tracing::{info, warn};
 use weft_daemon::http::{self, Health};
 use weft_daemon::tls::TlsError;
 use weft_model::cell::{Cell, VXLAN_OVERHEAD};
+use weft_model::firewall::Guard;
 use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
-use crate::cell::Task;
+use crate::cell::{Task, chain};
 use crate::config::Config;
+use crate::flow_log::{self, Directory, FlowLog};
+use crate::guard;
 use crate::inbox::inbox;
 use crate::journal::Journal;
-use crate::kernel::{Kernel, Netlink, events};
+use crate::kernel::{Counted, Kernel, Netlink, events, nflog, ruleset_events};
 use crate::lease_stream::{Controllers, LeaseStream};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
@@ -29,6 +33,8 @@ use crate::snapshot;
 
 /// How long a daemon waits for the one before it to end.
 const SUCCESSION: Duration = Duration::from_secs(3);
+/// How often lines say how much was not logged.
+const COUNTED_EVERY: Duration = Duration::from_secs(10);
 
 pub async fn run(config: Config) -> Result<()> {
     let ended = ended()?;
@@ -59,6 +65,7 @@ pub async fn run(config: Config) -> Result<()> {
     );
     // Listening before the first look, so that nothing falls between.
     let events = events::watch(config.vtep_name.clone(), device.index)?;
+    let touched = ruleset_events::touches(kernel.rules_port())?;
 
     let mut registry = Registry::default();
     let metrics = Arc::new(Metrics::new(&mut registry));
@@ -76,9 +83,13 @@ pub async fn run(config: Config) -> Result<()> {
             overlay.fenced = keeper.fenced().cloned();
         });
     }
+    let directory = match config.traffic_log() {
+        Some(settings) => Some(traffic_log(settings, config.traffic_log_group, &mut registry).await?),
+        None => None,
+    };
     let (inbox, waiting) = inbox();
-    let (_guard, guard) = watch::channel(weft_model::firewall::Guard::Ours);
-    let touched = futures::stream::pending();
+    let (guards, guard) = watch::channel(Guard::Ours);
+    tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
     let mut cell = Cell::new(config.cell());
     cell.replay(records);
     let task = Task {
@@ -90,6 +101,7 @@ pub async fn run(config: Config) -> Result<()> {
         overlay: leases.clone(),
         underlay: config.underlay(),
         guard,
+        directory,
         metrics,
     };
     let started = task.start().await?;
@@ -111,6 +123,31 @@ pub async fn run(config: Config) -> Result<()> {
     socket.serve(inbox, ended).await?;
     info!("stopped; everything in the kernel stays");
     Ok(())
+}
+
+/// Starts the traffic log; gives the way to tell it who is who.
+async fn traffic_log(
+    settings: flow_log::Settings,
+    group: u16,
+    registry: &mut Registry,
+) -> Result<watch::Sender<Arc<Directory>>> {
+    let (directory, known) = watch::channel(Arc::default());
+    let records = patiently(async || nflog::listen(group)).await?;
+    let log = FlowLog::start(settings, known).context("start the traffic log's thread")?;
+    log.counters().register(registry);
+    let (tally, mut counted) = (log.tally(), Counted::open()?);
+    tokio::spawn(log.run(records));
+    thread::Builder::new().name("weft-counters".into()).spawn(move || {
+        loop {
+            match counted.read() {
+                #[expect(clippy::disallowed_methods, reason = "lines are stamped with wall-clock time")]
+                Ok(totals) => tally.read(&totals, SystemTime::now()),
+                Err(error) => warn!(error = %chain(&error), "what was not logged is not counted"),
+            }
+            thread::sleep(COUNTED_EVERY);
+        }
+    })?;
+    Ok(directory)
 }
 
 /// A daemon that was killed keeps its sockets until its last thread is out of the kernel, where deleting a link may

@@ -21,26 +21,29 @@ use tokio::net::UnixStream;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 use weft_model::address::{DeviceName, OverlayAddr};
+use weft_model::asg::garden;
 use weft_model::cell::Wanted;
 use weft_model::container::Handle;
 use weft_model::firewall::explain::Explanation;
 use weft_model::link::LinkSpec;
+use weft_model::profile::{Settings, Workload};
 use weft_model::reason::Reason;
 use weft_node::api::{ApiError, Socket};
 use weft_node::calls::Calls;
 use weft_node::inbox::Question;
 use weft_proto::node::containers_client::ContainersClient;
-use weft_proto::node::{AddRequest, DeleteRequest, StatusRequest, StatusResponse};
+use weft_proto::node::{AddRequest, DeleteRequest, Owner, PortMapping, StatusRequest, StatusResponse};
 use weft_proto::status::reason_of;
 
-/// Counts what gets through.
+/// Counts what gets through, and keeps what was wanted.
 #[derive(Debug, Clone, Default)]
-struct Counted(Arc<AtomicUsize>);
+struct Counted(Arc<AtomicUsize>, Arc<Mutex<Vec<Wanted>>>);
 
 impl Calls for Counted {
     async fn add(&self, wanted: Wanted, _: OwnedFd) -> Result<LinkSpec, Reason> {
         self.0.fetch_add(1, Ordering::Relaxed);
         let addr = OverlayAddr::new([10, 255, 1, 2].into());
+        self.1.lock().unwrap().push(wanted.clone());
         Ok(LinkSpec { addr, handle: wanted.handle, interface: wanted.interface, mtu: 1450 })
     }
 
@@ -111,9 +114,19 @@ impl World {
     }
 
     async fn add(&self, descriptors: Vec<OwnedFd>) -> Result<(), Status> {
-        let request = AddRequest { handle: "h".into(), interface: "eth0".into(), ..AddRequest::default() };
-        self.client(descriptors).await.add(request).await.map(drop)
+        self.client(descriptors).await.add(request()).await.map(drop)
     }
+
+    /// What a request comes to.
+    async fn wanted(&self, request: AddRequest) -> Result<Wanted, Reason> {
+        let added = self.client(vec![another_namespace()]).await.add(request).await;
+        added.map_err(|status| reason_of(&status).unwrap())?;
+        Ok(self.calls.1.lock().unwrap().pop().unwrap())
+    }
+}
+
+fn request() -> AddRequest {
+    AddRequest { handle: "h".into(), interface: "eth0".into(), ..AddRequest::default() }
 }
 
 fn send(stream: impl AsFd, descriptors: &[OwnedFd]) {
@@ -159,6 +172,48 @@ async fn the_namespace_is_a_containers_or_nothing_happens() {
     world.add(vec![another_namespace()]).await.unwrap();
     world.client(Vec::new()).await.delete(delete).await.unwrap();
     assert_eq!(world.calls(), 2);
+}
+
+/// What the platform passes becomes what the cell works with, or is refused; what was passed before is not worked out
+/// again.
+#[tokio::test]
+async fn what_a_container_may_do_is_decoded_and_shared() {
+    let world = World::new();
+    let rules = br#"[{"networks":[{"start":"1.1.1.1","end":"1.1.1.9"}],"log":true},{"protocol":1}]"#;
+    let owner = |workload: &str| Some(Owner { container_workload: workload.into(), ..Owner::default() });
+    let passed = AddRequest {
+        owner: owner("task"),
+        ports: vec![PortMapping { host: 61_000, container: 8080 }],
+        net_out_rules: rules.to_vec(),
+        ..request()
+    };
+    let first = world.wanted(passed.clone()).await.unwrap();
+    let profile = first.profile.profile();
+    assert_eq!((profile.workload, &profile.settings), (Workload::Running, &Settings::default()));
+    let rules: Vec<String> = profile.rules.iter().map(ToString::to_string).collect();
+    assert_eq!(rules, ["1.1.1.1-1.1.1.9 all log"], "the other is skipped");
+    let ports: Vec<_> =
+        first.ports.iter().map(|mapping| (mapping.host.get(), mapping.container.get())).collect();
+    assert_eq!(ports, [(61_000, 8080)]);
+
+    let second = world.wanted(AddRequest { handle: "h2".into(), ..passed.clone() }).await.unwrap();
+    assert!(Arc::ptr_eq(&first.profile, &second.profile));
+    for (workload, expected) in [
+        ("app", Workload::Running),
+        ("staging", Workload::Staging),
+        ("", Workload::Other),
+        ("x", Workload::Other),
+    ] {
+        let other = world.wanted(AddRequest { owner: owner(workload), ..passed.clone() }).await.unwrap();
+        assert_eq!(other.profile.profile().workload, expected, "{workload}");
+    }
+
+    // As long as may be; and what is not a list.
+    let mut longest = vec![b' '; garden::MAX_BYTES];
+    longest[..2].copy_from_slice(b"[]");
+    world.wanted(AddRequest { net_out_rules: longest, ..passed.clone() }).await.unwrap();
+    let wrong = world.wanted(AddRequest { net_out_rules: b"{}".to_vec(), ..passed }).await.unwrap_err();
+    assert!(matches!(&wrong, Reason::InvalidField { field, .. } if field == garden::FIELD), "{wrong:?}");
 }
 
 #[tokio::test]

@@ -8,6 +8,8 @@ mod world;
 mod drift;
 #[path = "kernel/links.rs"]
 mod links;
+#[path = "kernel/nflog.rs"]
+mod nflog;
 #[path = "kernel/objects.rs"]
 mod objects;
 #[path = "kernel/packets.rs"]

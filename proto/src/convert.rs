@@ -2,11 +2,18 @@
 //!
 //! Every decoding is total: it gives a value that cannot be wrong, or a [`Reason::InvalidField`] that names the field.
 
+mod settings;
+
 use std::fmt::Display;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU16;
+use std::sync::Arc;
 
-use weft_model::address::{HardwareAddr, UnderlayAddr};
+pub use settings::{settings_from, settings_to};
+use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
+use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::lease::{Changes, Cursor, Digest, Epoch, Holder, Lease, Revision};
+use weft_model::profile::{Known, Settings};
 use weft_model::reason::Reason;
 use weft_model::subnet::{OverlaySubnet, SubnetKind};
 use weft_model::{cell, container, lease, link};
@@ -140,9 +147,22 @@ pub fn listed_to(row: &lease::Row) -> controller::Listed {
 
 // === node.proto ===
 
-pub fn wanted_from(request: node::AddRequest) -> Result<cell::Wanted, Reason> {
+/// A container as it is asked for. Its rules are not looked into yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    pub handle: container::Handle,
+    pub interface: DeviceName,
+    pub mtu: Option<u32>,
+    pub owner: container::Owner,
+    pub ports: Vec<container::PortMapping>,
+    pub settings: Settings,
+    /// As [`garden`](weft_model::asg::garden) reads them.
+    pub net_out_rules: Vec<u8>,
+}
+
+pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
     let owner = request.owner.unwrap_or_default();
-    Ok(cell::Wanted {
+    Ok(Asked {
         handle: handle_from(request.handle)?,
         interface: interface_from(request.interface)?,
         mtu: (request.mtu != 0).then_some(request.mtu),
@@ -152,16 +172,49 @@ pub fn wanted_from(request: node::AddRequest) -> Result<cell::Wanted, Reason> {
             org_id: owner.org_id,
             container_workload: owner.container_workload,
         },
-        ports: Vec::new(),
-        profile: Default::default(),
+        ports: ports_from(request.ports)?,
+        settings: request.settings.map_or_else(|| Ok(Settings::default()), settings_from)?,
+        net_out_rules: request.net_out_rules,
     })
+}
+
+/// `profile` is what its workload, settings and rules come to.
+pub fn wanted(asked: Asked, profile: Arc<Known>) -> cell::Wanted {
+    let Asked { handle, interface, mtu, owner, ports, .. } = asked;
+    cell::Wanted { handle, interface, mtu, owner, ports, profile }
+}
+
+fn ports_from(ports: Vec<node::PortMapping>) -> Result<Vec<container::PortMapping>, Reason> {
+    let one = |mapping: node::PortMapping| {
+        let host = port_from("ports.host", mapping.host)?;
+        let container = port_from("ports.container", mapping.container)?;
+        Ok(container::PortMapping { host, container })
+    };
+    let ports = ports.into_iter().map(one).collect::<Result<Vec<_>, _>>()?;
+    match container::mapped_twice(&ports) {
+        Some(port) => Err(invalid("ports.host", format!("{port} is mapped twice"))),
+        None => Ok(ports),
+    }
+}
+
+pub fn ports_to(ports: &[container::PortMapping]) -> Vec<node::PortMapping> {
+    let one = |mapping: &container::PortMapping| node::PortMapping {
+        host: mapping.host.get().into(),
+        container: mapping.container.get().into(),
+    };
+    ports.iter().map(one).collect()
+}
+
+fn port_from(field: &str, number: u32) -> Result<NonZeroU16, Reason> {
+    let port = u16::try_from(number).ok().and_then(NonZeroU16::new);
+    port.ok_or_else(|| invalid(field, format!("{number} is not a port")))
 }
 
 pub fn handle_from(handle: String) -> Result<container::Handle, Reason> {
     handle.try_into().map_err(|why| invalid("handle", why))
 }
 
-pub fn interface_from(name: String) -> Result<weft_model::address::DeviceName, Reason> {
+pub fn interface_from(name: String) -> Result<DeviceName, Reason> {
     name.try_into().map_err(|why| invalid("interface", why))
 }
 
@@ -182,5 +235,46 @@ pub fn added_to(link: &link::LinkSpec) -> node::AddResponse {
         host_mac: link.host_mac().bytes().to_vec(),
         container_mac: link.container_mac().bytes().to_vec(),
         mtu: link.mtu,
+    }
+}
+
+pub fn probe_from(request: &node::ExplainRequest) -> Result<Probe, Reason> {
+    let byte = |field, value: u32| u8::try_from(value).map_err(|why| invalid(field, why));
+    let port = || u16::try_from(request.port).map_err(|why| invalid("port", why));
+    Ok(match byte("protocol", request.protocol)? {
+        1 => Probe::Icmp {
+            kind: byte("icmp_type", request.icmp_type)?,
+            code: byte("icmp_code", request.icmp_code)?,
+        },
+        6 => Probe::Tcp { port: port()? },
+        17 => Probe::Udp { port: port()? },
+        protocol => Probe::Other { protocol },
+    })
+}
+
+pub fn probe_to(from: String, to: Ipv4Addr, probe: Probe) -> node::ExplainRequest {
+    let mut request = node::ExplainRequest {
+        from,
+        to: to.into(),
+        protocol: probe.protocol().into(),
+        ..node::ExplainRequest::default()
+    };
+    match probe {
+        Probe::Tcp { port } | Probe::Udp { port } => request.port = port.into(),
+        Probe::Icmp { kind, code } => (request.icmp_type, request.icmp_code) = (kind.into(), code.into()),
+        Probe::Other { .. } => {}
+    }
+    request
+}
+
+pub fn explained_to(explanation: Explanation) -> node::ExplainResponse {
+    let Explanation { verdict, rule, whose, mapped_to, masqueraded, logged } = explanation;
+    node::ExplainResponse {
+        verdict: verdict.to_string(),
+        rule: rule.unwrap_or_default(),
+        whose,
+        mapped_to: mapped_to.unwrap_or_default(),
+        masqueraded,
+        logged,
     }
 }

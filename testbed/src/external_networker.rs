@@ -221,13 +221,19 @@ impl Cell {
         self.directory.join("cni/config/30-weft.conflist")
     }
 
-    pub(crate) fn install_plugin(&self) -> Result<()> {
-        let conflist = json!({
-            "cniVersion": "1.0.0",
-            "name": "weft",
-            "plugins": [{"type": "weft-cni", "socket": self.socket}],
-        });
-        fs::write(self.conflist(), format!("{conflist:#}\n")).context("write the conflist")?;
+    /// Writes the conflist, with keys that replace or complete the plugin's own: containers that are added from now
+    /// on come with them.
+    pub fn configure_plugin(&self, keys: &Map<String, Value>) -> Result<()> {
+        let mut plugin = Map::new();
+        plugin.insert("type".to_owned(), "weft-cni".into());
+        plugin.insert("socket".to_owned(), json!(self.socket));
+        plugin.extend(keys.clone());
+        let conflist = json!({"cniVersion": "1.0.0", "name": "weft", "plugins": [plugin]});
+        fs::write(self.conflist(), format!("{conflist:#}\n")).context("write the conflist")
+    }
+
+    pub(crate) fn install_plugin(&self, keys: &Map<String, Value>) -> Result<()> {
+        self.configure_plugin(keys)?;
         std::os::unix::fs::symlink(self.programs.join("weft-cni"), self.plugin_dir().join("weft-cni"))
             .context("install weft-cni")
     }

@@ -63,6 +63,8 @@ pub struct Options {
     pub controller: Map<String, Value>,
     /// Properties that replace or complete those of every node.
     pub node: Map<String, Value>,
+    /// Keys that replace or complete those of the plugin in every cell's conflist: `dns_servers`, …
+    pub plugin: Map<String, Value>,
 }
 
 impl Options {
@@ -77,6 +79,7 @@ impl Options {
             progress: false,
             controller: Map::new(),
             node: Map::new(),
+            plugin: Map::new(),
         })
     }
 

@@ -55,7 +55,7 @@ pub fn base(base: &Base<'_>) -> Planned {
     planned.extend([
         hooked("forward", Kind::Filter, Hook::Forward, BEFORE_IPTABLES, base.forward()),
         chain("sent", base.sent()),
-        chain("from-container", base.from_container()),
+        chain("from-container", base.sent_by_container()),
         chain("to-overlay", base.to_overlay()),
         chain("egress", egress()),
         chain("metadata-rules", metadata()),
@@ -143,10 +143,10 @@ impl Base<'_> {
     fn forward(&self) -> Vec<Rule> {
         let vtep = &self.config.vtep_name;
         vec![
-            rule("from a container").from_link().goto("sent"),
-            rule("to a container").to_link().goto("received"),
-            rule("from another cell, to no container").from_device(vtep).reject(),
-            rule("to another cell, from no container").to_device(vtep).reject(),
+            rule("from a container").in_by_link().goto("sent"),
+            rule("to a container").out_by_link().goto("received"),
+            rule("from another cell, to no container").in_by(vtep).reject(),
+            rule("to another cell, from no container").out_by(vtep).reject(),
         ]
     }
 
@@ -166,14 +166,14 @@ impl Base<'_> {
         ways.map(before).chain(known("from-container")).collect()
     }
 
-    fn from_container(&self) -> Vec<Rule> {
+    fn sent_by_container(&self) -> Vec<Rule> {
         let mut rules = vec![
             rule("forged frames of the overlay").protocol(UDP).port(self.config.vtep_port).reject(),
             rule("established").state(ESTABLISHED | RELATED).accept(),
-            rule("to a container of this cell").to_link().goto("newcomers"),
-            rule("to another cell").to_device(&self.config.vtep_name).goto("to-overlay"),
+            rule("to a container of this cell").out_by_link().goto("newcomers"),
+            rule("to another cell").out_by(&self.config.vtep_name).goto("to-overlay"),
         ];
-        rules.extend(self.ways.iter().map(|way| rule("to the world").to_device(way).goto("egress")));
+        rules.extend(self.ways.iter().map(|way| rule("to the world").out_by(way).goto("egress")));
         rules.push(rule("on no way to the world").reject());
         rules
     }
@@ -206,7 +206,7 @@ impl Base<'_> {
     /// dataplane.md, "To the cell", "Frames of the overlay".
     fn input(&self) -> Vec<Rule> {
         vec![
-            rule("from a container").from_link().goto("to-cell"),
+            rule("from a container").in_by_link().goto("to-cell"),
             rule("frames from no cell")
                 .protocol(UDP)
                 .port(self.config.vtep_port)
@@ -214,7 +214,7 @@ impl Base<'_> {
                 .not_in_set(&name("leased"), &[Of::Source])
                 .drop(),
             rule("from another cell, new")
-                .from_device(&self.config.vtep_name)
+                .in_by(&self.config.vtep_name)
                 .state(!(ESTABLISHED | RELATED))
                 .goto("refused-by-cell"),
         ]
@@ -243,7 +243,7 @@ impl Base<'_> {
         let ports = name("ports");
         let to_cell = |comment| rule(comment).ipv4().destination(self.config.underlay.get()).protocol(TCP);
         let from_way = |way| {
-            let came = rule("mapped port, from the underlay").from_device(way);
+            let came = rule("mapped port, from the underlay").in_by(way);
             let came = came.ipv4().destination(self.config.underlay.get()).protocol(TCP);
             came.dnat_from(&ports, |rule| rule.mark_connection(INGRESS_CONNECTION).mark(INGRESS))
         };
@@ -255,8 +255,8 @@ impl Base<'_> {
     /// dataplane.md, "Masquerade".
     fn translation(&self) -> Vec<Rule> {
         vec![
-            rule("to a container").to_link().accept(),
-            rule("to another cell").to_device(&self.config.vtep_name).accept(),
+            rule("to a container").out_by_link().accept(),
+            rule("to another cell").out_by(&self.config.vtep_name).accept(),
             rule("from a container").ipv4().verdict_from(&name("translations"), &[Of::Source]),
         ]
     }

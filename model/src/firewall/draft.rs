@@ -71,19 +71,19 @@ impl Draft {
     }
 
     /// From a container's link: the cell's end of each is named so, and nothing else is.
-    pub(super) fn from_link(self) -> Self {
+    pub(super) fn in_by_link(self) -> Self {
         self.meta(Metadata::InName, Comparison::Equal, b"s-")
     }
 
-    pub(super) fn to_link(self) -> Self {
+    pub(super) fn out_by_link(self) -> Self {
         self.meta(Metadata::OutName, Comparison::Equal, b"s-")
     }
 
-    pub(super) fn from_device(self, name: &DeviceName) -> Self {
+    pub(super) fn in_by(self, name: &DeviceName) -> Self {
         self.meta(Metadata::InName, Comparison::Equal, &padded(name))
     }
 
-    pub(super) fn to_device(self, name: &DeviceName) -> Self {
+    pub(super) fn out_by(self, name: &DeviceName) -> Self {
         self.meta(Metadata::OutName, Comparison::Equal, &padded(name))
     }
 

@@ -13,6 +13,8 @@ use crate::asg::{EgressRule, Traffic};
 use crate::cell::{Inputs, Presence};
 use crate::container::{Container, Handle};
 use crate::link;
+use crate::profile::Profile;
+use crate::traffic::{self, Decision as Told};
 
 /// The first packet of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -106,6 +108,27 @@ impl EgressRule {
             _ => false,
         };
         traffic && (self.to.first()..=self.to.last()).contains(&to)
+    }
+}
+
+/// The rule behind a line of the traffic log about what a container sent.
+pub fn rule_behind(profile: &Profile, decision: Told, packet: &traffic::Packet) -> Option<String> {
+    let to = packet.destination;
+    let probe = match (packet.protocol.0, packet.destination_port, packet.icmp_kind.zip(packet.icmp_code)) {
+        (TCP, Some(port), _) => Probe::Tcp { port },
+        (UDP, Some(port), _) => Probe::Udp { port },
+        (ICMP, _, Some((kind, code))) => Probe::Icmp { kind, code },
+        (protocol, ..) => Probe::Other { protocol },
+    };
+    match decision {
+        Told::Allowed => {
+            let rule = profile.rules.iter().rev().find(|rule| rule.covers(to, probe))?;
+            Some(format!("security group rule {} ({rule})", rule.index))
+        }
+        // Deny networks are refused without a line.
+        Told::Denied => Some("no security group".into()),
+        Told::DeniedC2c => Some("no policy".into()),
+        Told::Limited | Told::WouldLimit | Told::AllowedC2c => None,
     }
 }
 

@@ -7,6 +7,7 @@ use nf_tables::{Dynamic, Field, Key, Name, Ranges, Set, Stateful, Target};
 use super::draft::{Draft, Part as Of};
 use super::{Planned, name, set};
 use crate::profile::{ConnectionRate, Profile};
+use crate::traffic::Decision;
 
 /// A cell has no more containers than this, whatever its subnet.
 const CONTAINERS: u32 = 65_535;
@@ -32,15 +33,32 @@ pub enum Limit {
 pub enum Lines {
     Denied,
     Limited,
+    /// As limited, in a dry run.
+    OverLimit,
     Uninvited,
     AcceptedUdp,
 }
 
 impl Lines {
+    pub const ALL: [Self; 5] =
+        [Self::Denied, Self::Limited, Self::OverLimit, Self::Uninvited, Self::AcceptedUdp];
+
+    /// What the lines say.
+    pub const fn decision(self) -> Decision {
+        match self {
+            Self::Denied => Decision::Denied,
+            Self::Limited => Decision::Limited,
+            Self::OverLimit => Decision::WouldLimit,
+            Self::Uninvited => Decision::DeniedC2c,
+            Self::AcceptedUdp => Decision::Allowed,
+        }
+    }
+
     const fn word(self) -> &'static str {
         match self {
             Self::Denied => "denied",
             Self::Limited => "limited",
+            Self::OverLimit => "over-limit",
             Self::Uninvited => "uninvited",
             Self::AcceptedUdp => "accepted-udp",
         }
@@ -98,7 +116,7 @@ pub fn limits_of(profile: &Profile) -> Vec<Limit> {
     }
     if let Some(rate) = &settings.outbound_connections.rate {
         limits.push(rate_limit(rate));
-        limits.extend(lines(Lines::Limited, denied));
+        limits.extend(lines(if rate.dry_run { Lines::OverLimit } else { Lines::Limited }, denied));
     }
     if settings.log_all {
         limits.extend(lines(Lines::Denied, denied));

@@ -12,6 +12,7 @@ use super::limits::{Limit, Lines, rate_limit};
 use super::{Content, Part, Planned, chain, name, set};
 use crate::profile::{Digest, HostService, Profile, Transport, Workload};
 use crate::subnet::OverlayNetwork;
+use crate::traffic::Decision;
 
 /// A profile's rules as the kernel takes them: made once for each profile.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -56,7 +57,7 @@ pub(super) fn uninvited_chain(per_sec: u32) -> String {
 
 /// dataplane.md, "To a container", logged: of containers whose profile says so.
 pub(super) fn uninvited(per_sec: u32, log_group: u16) -> (Part, Content) {
-    let mut rules = limited_log(Lines::Uninvited, per_sec, log_group, "weft:denied-c2c");
+    let mut rules = limited_log(Lines::Uninvited, per_sec, log_group);
     rules.push(rule("no policy").reject());
     chain(&uninvited_chain(per_sec), rules)
 }
@@ -75,7 +76,7 @@ pub fn profile(
     planned.push(chain(&egress_chain(digest), egress));
     let services = this.services(&mut planned);
     planned.push(chain(&services_chain(digest), services));
-    let kept = profile.settings.no_masquerade.unwrap_or(overlay.get());
+    let kept = profile.settings.no_masquerade.unwrap_or_else(|| overlay.get());
     planned.push(chain(&translation_chain(digest), translation(kept)));
     planned
 }
@@ -108,7 +109,7 @@ impl This<'_> {
         rules.extend(self.layers(layers, planned));
         if settings.log_all {
             let per_sec = settings.denied_logs_per_sec.get();
-            rules.extend(limited_log(Lines::Denied, per_sec, self.log_group, "weft:denied"));
+            rules.extend(limited_log(Lines::Denied, per_sec, self.log_group));
         }
         rules.push(rule("no security group").reject());
         rules
@@ -119,16 +120,15 @@ impl This<'_> {
         let Some(rate) = &settings.outbound_connections.rate else { return Vec::new() };
         let limit = rate_limit(rate);
         let too_many = || rule("too many new connections").protocol(TCP).state(NEW).by(limit);
-        let log =
-            |prefix| limited_log(Lines::Limited, settings.denied_logs_per_sec.get(), self.log_group, prefix);
+        let log = |of| limited_log(of, settings.denied_logs_per_sec.get(), self.log_group);
         if rate.dry_run {
             let chain_name = format!("over-rate-{}", self.digest);
-            planned.push(chain(&chain_name, log("weft:would-limit")));
+            planned.push(chain(&chain_name, log(Lines::OverLimit)));
             return vec![too_many().jump(&chain_name)];
         }
         let refused = if rate.log || settings.log_all {
             let chain_name = format!("over-rate-{}", self.digest);
-            let mut rules = log("weft:limited");
+            let mut rules = log(Lines::Limited);
             rules.push(rule("too many new connections").reject());
             planned.push(chain(&chain_name, rules));
             too_many().goto(&chain_name)
@@ -204,9 +204,9 @@ impl This<'_> {
         let udp = |comment| rule(comment).protocol(UDP);
         vec![
             udp("counted").by(Limit::Total { of }).go_on(),
-            udp("logged").by(Limit::Lines { of, per_sec }).log(group, "weft:allowed").go_on(),
+            udp("logged").by(Limit::Lines { of, per_sec }).log(group, Decision::Allowed.prefix()).go_on(),
             udp("security group").accept(),
-            rule("logged").state(INVALID | NEW | UNTRACKED).log(group, "weft:allowed").go_on(),
+            rule("logged").state(INVALID | NEW | UNTRACKED).log(group, Decision::Allowed.prefix()).go_on(),
             self.allow(rule("security group")).accept(),
         ]
     }
@@ -249,10 +249,10 @@ fn translation(kept: Ipv4Network) -> Vec<Rule> {
 }
 
 /// Counts, and logs as long as the limit says.
-fn limited_log(of: Lines, per_sec: u32, log_group: u16, prefix: &str) -> Vec<Rule> {
+fn limited_log(of: Lines, per_sec: u32, log_group: u16) -> Vec<Rule> {
     vec![
         rule("counted").by(Limit::Total { of }).go_on(),
-        rule("logged").by(Limit::Lines { of, per_sec }).log(log_group, prefix).go_on(),
+        rule("logged").by(Limit::Lines { of, per_sec }).log(log_group, of.decision().prefix()).go_on(),
     ]
 }
 

@@ -149,8 +149,6 @@ fn immediate(data: Attributes<'_>) -> Option<Expression> {
     Some(Expression::Value { to, data: value(data, NFTA_IMMEDIATE_DATA)? })
 }
 
-/// Kernels before 6.4 give a lookup in a map a destination whether it has one or not, so [`Lookup::Present`] in a map reads
-/// as [`Lookup::Verdict`] there.
 fn lookup(data: Attributes<'_>) -> Option<Expression> {
     let then = match (data.be32(NFTA_LOOKUP_FLAGS).unwrap_or_default(), data.be32(NFTA_LOOKUP_DREG)) {
         (0, None) => Lookup::Present,
@@ -164,7 +162,7 @@ fn lookup(data: Attributes<'_>) -> Option<Expression> {
 
 fn update(data: Attributes<'_>) -> Option<Expression> {
     let plain = data.be32(NFTA_DYNSET_OP)? == NFT_DYNSET_OP_UPDATE
-        && data.be32(NFTA_DYNSET_FLAGS).unwrap_or_default() == 0
+        && data.be32(NFTA_DYNSET_FLAGS).unwrap_or_default() & !NFT_DYNSET_F_EXPR == 0
         && data.be64(NFTA_DYNSET_TIMEOUT).unwrap_or_default() == 0
         && no(data, &[NFTA_DYNSET_SREG_DATA]);
     let with = match (data.nest(NFTA_DYNSET_EXPR), data.nest(NFTA_DYNSET_EXPRESSIONS)) {

@@ -15,6 +15,8 @@ pub struct Found {
     /// The upper end, in a set with ranges.
     pub end: Option<Vec<u8>>,
     pub data: Data,
+    /// Packets that its counter has counted, if it has one.
+    pub counted: Option<u64>,
 }
 
 /// None: a set of others' making.
@@ -78,5 +80,9 @@ fn element(one: Attributes<'_>) -> Option<Found> {
             (None, None) => return None,
         },
     };
-    Some(Found { key: bytes(NFTA_SET_ELEM_KEY)?, end: bytes(NFTA_SET_ELEM_KEY_END), data })
+    let counted = one.nest(NFTA_SET_ELEM_EXPR).and_then(|expression| {
+        let counter = expression.text(NFTA_EXPR_NAME) == Some(COUNTER);
+        expression.nest(NFTA_EXPR_DATA).filter(|_| counter)?.be64(NFTA_COUNTER_PACKETS)
+    });
+    Some(Found { key: bytes(NFTA_SET_ELEM_KEY)?, end: bytes(NFTA_SET_ELEM_KEY_END), data, counted })
 }

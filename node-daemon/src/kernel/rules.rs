@@ -6,6 +6,7 @@ mod transaction;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
@@ -15,8 +16,9 @@ use nf_tables::decode::{self, Body, Found, Message, Object as There, Place, Refu
 use nf_tables::{Chain, Data, Name, Ranges, Set, request};
 use nix::libc::{EAGAIN, ECANCELED, EINTR, ENOENT, ERESTART};
 use weft_model::cell::{Belief, Change, Firewall, Key, Object, Seen};
-use weft_model::firewall::{Content, Filled, Part, TABLE};
+use weft_model::firewall::{Content, Filled, Limit, Lines, Part, TABLE};
 use weft_model::reason::Reason;
+use weft_model::traffic::Totals;
 
 use super::socket::open;
 
@@ -109,22 +111,20 @@ impl RulesSocket {
             let mut again = false;
             'answers: loop {
                 for message in self.read()? {
-                    let ends = message.sequence == last;
+                    let whole = message.sequence == begin;
+                    let ends = whole || message.sequence == last;
                     match message.body {
                         Body::Refused(refusal) => {
+                            again |= whole && [ERESTART, EAGAIN, EINTR].contains(&refusal.errno);
                             let owner = transaction.owner(message.sequence).map(|key| Key::clone(key));
-                            let passed = [ERESTART, EAGAIN, EINTR].contains(&refusal.errno);
-                            if message.sequence == begin && passed {
-                                again = true;
-                                break 'answers;
-                            }
-                            if owner.is_some() || message.sequence == begin {
+                            if owner.is_some() || whole {
                                 refusals.push((owner, refusal));
                             }
                         }
                         Body::Acknowledged => {}
                         _ => continue,
                     }
+                    // What is said of the transaction as a whole may be all that is said.
                     if ends {
                         break 'answers;
                     }
@@ -182,6 +182,25 @@ impl RulesSocket {
             seen.insert(key, belief);
         }
         Ok(Some(seen))
+    }
+
+    /// What the program's rules have counted of lines that its limits let through or not.
+    pub(super) fn totals(&mut self) -> io::Result<Totals> {
+        let table = self.table.clone();
+        let mut totals = Totals::new();
+        for of in Lines::ALL {
+            let set = Limit::Total { of }.set_name();
+            // None: nobody's settings have it counted.
+            for there in self.dump(|n| request::elements(&table, &set, n))?.into_iter().flatten() {
+                let There::Elements { elements, .. } = there else { continue };
+                for found in elements.into_iter().flatten() {
+                    if let (Some(addr), Some(counted)) = (found.key.first_chunk::<4>(), found.counted) {
+                        totals.insert((Ipv4Addr::from(*addr), of.decision()), counted);
+                    }
+                }
+            }
+        }
+        Ok(totals)
     }
 
     fn generation(&mut self) -> io::Result<u32> {
@@ -288,10 +307,10 @@ fn see_set(name: &Name, set: Set, elements: Vec<There>, seen: &mut Seen) -> Beli
         let There::Elements { elements, .. } = there else { continue };
         for found in elements {
             match found {
-                Ok(Found { key, end: Some(end), data: Data::Nothing }) if set.ranges => {
+                Ok(Found { key, end: Some(end), data: Data::Nothing, .. }) if set.ranges => {
                     ranges.insert((key, end));
                 }
-                Ok(Found { key, end: None, data }) if !set.ranges => {
+                Ok(Found { key, end: None, data, .. }) if !set.ranges => {
                     let part = Part::Element(name.clone(), key.into());
                     seen.insert(Key::Firewall(part), holds(Content::Element(data)));
                 }

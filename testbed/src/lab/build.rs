@@ -112,7 +112,7 @@ impl Lab {
                 make(cell.directory.join(directory))?;
             }
             authority.node()?.write(&cell.directory, "identity")?;
-            cell.install_plugin()?;
+            cell.install_plugin(&options.plugin)?;
         }
         let saved = Saved {
             programs: options.programs.clone(),
@@ -156,6 +156,7 @@ impl Cell {
             "socket": self.socket,
             // Containers reach each other without policies.
             "disable_container_network_policy": true,
+            "traffic_log_file": self.traffic_log(),
             "health_address": "127.0.0.1:4105",
         }))
     }

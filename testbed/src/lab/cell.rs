@@ -34,6 +34,11 @@ impl Cell {
         self.directory.join("weft-node.json")
     }
 
+    /// What the firewall of the cell decided, line by line.
+    pub fn traffic_log(&self) -> PathBuf {
+        self.directory.join("logs/traffic.log")
+    }
+
     pub fn start_node(&self) -> Result<()> {
         ensure!(self.node.process().is_none(), "the node of {} runs already", self.name);
         let mut command = Command::new(self.programs.join("weft-node"));

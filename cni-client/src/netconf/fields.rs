@@ -1,0 +1,93 @@
+//! The fields of a JSON object, each read when it is asked for: a container's rules may be long, and what nobody asks
+//! for costs nothing. What is null is absent, as it is for Go.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+
+use serde_json::Value;
+use serde_json::value::RawValue;
+use weft_model::reason::Reason;
+
+pub(super) struct Fields<'a> {
+    /// The object's own name, with a dot behind it; nothing for the whole configuration.
+    of: String,
+    fields: BTreeMap<String, &'a RawValue>,
+}
+
+pub(super) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Reason {
+    Reason::InvalidField { field: field.into(), why: why.into() }
+}
+
+impl<'a> Fields<'a> {
+    /// The whole configuration.
+    pub(super) fn document(stdin: &'a [u8]) -> Result<Self, Reason> {
+        let fields = serde_json::from_slice(stdin);
+        let fields = fields.map_err(|why| Reason::InvalidJson { why: why.to_string() })?;
+        Ok(Self { of: String::new(), fields })
+    }
+
+    /// The object in a field.
+    pub(super) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, Reason> {
+        let Some(raw) = self.raw(field) else { return Ok(None) };
+        let fields = serde_json::from_str(raw.get());
+        let fields = fields.map_err(|_| self.wrong(field, raw.get(), "an object"))?;
+        Ok(Some(Fields { of: format!("{}.", self.name(field)), fields }))
+    }
+
+    /// A field's name as it is told to people.
+    pub(super) fn name(&self, field: &str) -> String {
+        format!("{}{field}", self.of)
+    }
+
+    pub(super) fn raw(&self, field: &str) -> Option<&'a RawValue> {
+        self.fields.get(field).copied().filter(|raw| raw.get() != "null")
+    }
+
+    pub(super) fn get(&self, field: &str) -> Result<Option<Value>, Reason> {
+        let Some(raw) = self.raw(field) else { return Ok(None) };
+        let value = serde_json::from_str(raw.get());
+        value.map(Some).map_err(|why| invalid(self.name(field), format!("cannot be read: {why}")))
+    }
+
+    pub(super) fn text(&self, field: &str) -> Result<Option<String>, Reason> {
+        match self.get(field)? {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(self.wrong(field, other, "a text")),
+        }
+    }
+
+    pub(super) fn flag(&self, field: &str, default: bool) -> Result<bool, Reason> {
+        match self.get(field)? {
+            None => Ok(default),
+            Some(Value::Bool(flag)) => Ok(flag),
+            Some(other) => Err(self.wrong(field, other, "true or false")),
+        }
+    }
+
+    pub(super) fn above_zero(&self, field: &str, default: NonZeroU32) -> Result<NonZeroU32, Reason> {
+        let Some(value) = self.get(field)? else { return Ok(default) };
+        let number = value.as_u64().and_then(|number| u32::try_from(number).ok()).and_then(NonZeroU32::new);
+        number.ok_or_else(|| self.wrong(field, value, "a whole number above 0"))
+    }
+
+    pub(super) fn list(&self, field: &str) -> Result<Vec<Value>, Reason> {
+        match self.get(field)? {
+            None => Ok(Vec::new()),
+            Some(Value::Array(list)) => Ok(list),
+            Some(other) => Err(self.wrong(field, other, "a list")),
+        }
+    }
+
+    pub(super) fn texts(&self, field: &str) -> Result<Vec<String>, Reason> {
+        let text = |value| match value {
+            Value::String(text) => Ok(text),
+            other => Err(self.wrong(field, other, "a text")),
+        };
+        self.list(field)?.into_iter().map(text).collect()
+    }
+
+    pub(super) fn wrong(&self, field: &str, given: impl std::fmt::Display, expected: &str) -> Reason {
+        invalid(self.name(field), format!("`{given}` is not {expected}"))
+    }
+}

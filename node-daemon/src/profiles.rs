@@ -1,0 +1,262 @@
+//! The profiles that containers were added with, found by what was passed.
+//!
+//! Owns the memory of them. Woken by the API, for each ADD. Emits shared profiles, and a warning for each security
+//! group rule that a new list has and that cannot be what was meant.
+//!
+//! Most containers of a cell come with one of few lists, of up to a thousand rules each. A list that is known costs a
+//! look into a map, by the whole of it: a digest that somebody can make collide would give a container another's rules.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::task::spawn_blocking;
+use tracing::warn;
+use weft_model::asg::Skipped;
+use weft_model::asg::garden::{self, Rules};
+use weft_model::container::Handle;
+use weft_model::profile::{Known, Profile, Settings, Workload};
+use weft_model::reason::Reason;
+
+/// Beyond either of these, those that nobody uses are forgotten: a cell holds at most a few hundred containers.
+const MOST_ENTRIES: usize = 1024;
+const MOST_BYTES: usize = 16 << 20;
+/// A list that is longer is worked out aside, where it delays no other call: it takes more than a millisecond.
+const LONG: usize = 32 << 10;
+/// Rules that are reported one by one.
+const REPORTED: usize = 20;
+
+/// What a profile follows from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Passed {
+    pub workload: Workload,
+    pub settings: Settings,
+    /// As they came: JSON.
+    pub net_out_rules: Vec<u8>,
+}
+
+/// Profiles by what they follow from.
+#[derive(Debug, Default)]
+pub struct Profiles {
+    memory: Mutex<Memory>,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    known: HashMap<Passed, Arc<Known>>,
+    /// Of all lists together.
+    bytes: usize,
+}
+
+impl Profiles {
+    /// The profile that follows; the same each time, as long as somebody uses it. `handle` is whom it is for.
+    pub async fn get(&self, passed: Passed, handle: &Handle) -> Result<Arc<Known>, Reason> {
+        if let Some(known) = self.memory().known.get(&passed) {
+            return Ok(Arc::clone(known));
+        }
+        let (passed, known, skipped) = if passed.net_out_rules.len() > LONG {
+            let worked_out = spawn_blocking(|| work_out(passed)).await;
+            worked_out.map_err(|why| Reason::Bug { invariant: format!("rules are worked out: {why}") })??
+        } else {
+            work_out(passed)?
+        };
+        let (known, new) = self.memory().keep(passed, known);
+        if new {
+            report(handle, &skipped);
+        }
+        Ok(known)
+    }
+
+    /// Each change is whole, so what another has left is good whatever became of it.
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Memory {
+    /// What another call has worked out meanwhile counts. Says whether this one is new.
+    fn keep(&mut self, passed: Passed, known: Known) -> (Arc<Known>, bool) {
+        let bytes = passed.net_out_rules.len();
+        let known = match self.known.entry(passed) {
+            Entry::Occupied(there) => return (Arc::clone(there.get()), false),
+            Entry::Vacant(place) => Arc::clone(place.insert(Arc::new(known))),
+        };
+        self.bytes += bytes;
+        if self.known.len() > MOST_ENTRIES || self.bytes > MOST_BYTES {
+            self.forget_unused();
+        }
+        (known, true)
+    }
+
+    fn forget_unused(&mut self) {
+        self.known.retain(|_, known| Arc::strong_count(known) > 1);
+        self.bytes = self.known.keys().map(|passed| passed.net_out_rules.len()).sum();
+    }
+}
+
+fn work_out(passed: Passed) -> Result<(Passed, Known, Vec<Skipped>), Reason> {
+    let Rules { rules, skipped } = garden::parse(&passed.net_out_rules)?;
+    let known = Profile { workload: passed.workload, settings: passed.settings.clone(), rules }.into();
+    Ok((passed, known, skipped))
+}
+
+fn report(handle: &Handle, skipped: &[Skipped]) {
+    for Skipped { index, why } in skipped.iter().take(REPORTED) {
+        warn!(%handle, rule = index, reason = %why, "security group rule skipped");
+    }
+    if let Some(more) = skipped.len().checked_sub(REPORTED).filter(|more| *more > 0) {
+        warn!(%handle, rules = more, "more security group rules skipped");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+
+    use tracing::subscriber::DefaultGuard;
+    use tracing_subscriber::fmt::MakeWriter;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Log {
+        /// What this thread logs, as long as the guard is there.
+        fn take() -> (Self, DefaultGuard) {
+            let log = Self::default();
+            let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(log.clone()).finish();
+            (log, tracing::subscriber::set_default(subscriber))
+        }
+
+        fn lines(&self) -> Vec<String> {
+            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            text.lines().map(str::to_owned).collect()
+        }
+    }
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'a> MakeWriter<'a> for Log {
+        type Writer = Self;
+
+        fn make_writer(&'a self) -> Self {
+            self.clone()
+        }
+    }
+
+    fn passed(rules: impl AsRef<[u8]>) -> Passed {
+        let net_out_rules = rules.as_ref().to_vec();
+        Passed { workload: Workload::Running, settings: Settings::default(), net_out_rules }
+    }
+
+    fn handle() -> Handle {
+        "h-1".parse().unwrap()
+    }
+
+    /// A list that differs from those of other numbers.
+    fn list(n: usize) -> String {
+        let addr = std::net::Ipv4Addr::from(u32::try_from(n).unwrap());
+        format!(r#"[{{"networks":[{{"start":"{addr}"}}]}}]"#)
+    }
+
+    #[tokio::test]
+    async fn what_was_passed_before_is_the_same_profile() {
+        let profiles = Profiles::default();
+        let get = async |passed| profiles.get(passed, &handle()).await.unwrap();
+        let first = get(passed(list(1))).await;
+        assert_eq!(first.profile().rules.len(), 1);
+        assert!(Arc::ptr_eq(&first, &get(passed(list(1))).await));
+
+        let staging = Passed { workload: Workload::Staging, ..passed(list(1)) };
+        let settings = Settings { log_all: true, ..Settings::default() };
+        let logged = Passed { settings: settings.clone(), ..passed(list(1)) };
+        assert_eq!(get(staging).await.profile().workload, Workload::Staging);
+        assert_eq!(get(logged).await.profile().settings, settings);
+        assert_ne!(get(passed(list(2))).await.digest(), first.digest());
+        assert_eq!(get(passed("")).await.profile().rules, []);
+    }
+
+    #[tokio::test]
+    async fn what_is_known_is_not_looked_into_again() {
+        let profiles = Profiles::default();
+        // No list that could be worked out.
+        let (kept, _) = profiles.memory().keep(passed("known"), Known::default());
+        assert!(Arc::ptr_eq(&kept, &profiles.get(passed("known"), &handle()).await.unwrap()));
+        profiles.get(passed("unknown"), &handle()).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn a_long_list_is_worked_out_as_well() {
+        let profiles = Profiles::default();
+        let rules: Vec<String> = (0..1000).map(|n| list(n)[1..].trim_end_matches(']').to_owned()).collect();
+        let long = format!("[{}]", rules.join(","));
+        assert!(long.len() > LONG);
+        let known = profiles.get(passed(&long), &handle()).await.unwrap();
+        assert_eq!(known.profile().rules.len(), 1000);
+        assert!(Arc::ptr_eq(&known, &profiles.get(passed(&long), &handle()).await.unwrap()));
+        let wrong = profiles.get(passed(" ".repeat(LONG + 1)), &handle()).await.unwrap_err();
+        assert!(matches!(wrong, Reason::InvalidField { field, .. } if field == garden::FIELD));
+    }
+
+    #[tokio::test]
+    async fn a_skipped_rule_is_reported_once_with_its_reason() {
+        let (log, _guard) = Log::take();
+        let profiles = Profiles::default();
+        let bad = r#"[{"networks":[{"start":"1.1.1.1"}]},{"protocol":1,"networks":[{"start":"1.1.1.1"}]}]"#;
+        for _ in 0..3 {
+            let known = profiles.get(passed(bad), &handle()).await.unwrap();
+            assert_eq!(known.profile().rules.len(), 1);
+        }
+        let lines = log.lines();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        for part in ["WARN", "h-1", "rule=1", "it is for tcp, and names no ports"] {
+            assert!(lines[0].contains(part), "{part}: {}", lines[0]);
+        }
+    }
+
+    #[tokio::test]
+    async fn of_many_skipped_rules_some_are_reported_and_the_others_counted() {
+        let (log, _guard) = Log::take();
+        let profiles = Profiles::default();
+        profiles.get(passed(format!("[{}7]", "7,".repeat(REPORTED + 4))), &handle()).await.unwrap();
+        let lines = log.lines();
+        assert_eq!(lines.len(), REPORTED + 1);
+        assert!(lines[REPORTED].contains("rules=5"), "{lines:?}");
+        profiles.get(passed(format!("[{}7]", "7,".repeat(REPORTED - 1))), &handle()).await.unwrap();
+        assert_eq!(log.lines().len(), 2 * REPORTED + 1, "nothing is left to count");
+    }
+
+    #[tokio::test]
+    async fn what_nobody_uses_is_forgotten_once_there_is_much() {
+        let profiles = Profiles::default();
+        let used = profiles.get(passed(list(0)), &handle()).await.unwrap();
+        for n in 1..MOST_ENTRIES {
+            profiles.get(passed(list(n)), &handle()).await.unwrap();
+        }
+        assert_eq!(profiles.memory().known.len(), MOST_ENTRIES);
+        let last = profiles.get(passed(list(MOST_ENTRIES)), &handle()).await.unwrap();
+        {
+            let memory = profiles.memory();
+            assert_eq!((memory.known.len(), memory.bytes), (2, list(0).len() + list(MOST_ENTRIES).len()));
+        }
+        for (n, held) in [(0, &used), (MOST_ENTRIES, &last)] {
+            assert!(Arc::ptr_eq(held, &profiles.get(passed(list(n)), &handle()).await.unwrap()));
+        }
+        // Few, but large.
+        let large = |n: usize| passed(format!("[]{}", " ".repeat(garden::MAX_BYTES - 2 - n)));
+        for n in 0..5 {
+            profiles.get(large(n), &handle()).await.unwrap();
+            assert!(profiles.memory().bytes <= MOST_BYTES + garden::MAX_BYTES);
+        }
+        assert!(profiles.memory().known.len() < 7);
+    }
+}
