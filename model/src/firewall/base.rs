@@ -157,7 +157,7 @@ impl Base<'_> {
         let before = |way| {
             rule("let out before by the rules of today, or an answer")
                 .ipv4()
-                .to_device(way)
+                .out_by(way)
                 .not_to_port(self.config.vtep_port)
                 .mark_from(&name("allowed"), &[Of::InIndex, Of::Source, Of::ConnectionMark])
                 .accept()
