@@ -50,6 +50,15 @@ pub(super) struct Layer {
     boxes: BTreeMap<u32, Boxes>,
 }
 
+/// How a box lies to those of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meeting {
+    Apart,
+    Overlaps,
+    /// One of them holds it.
+    Within,
+}
+
 impl Side {
     fn of(traffic: Traffic) -> Self {
         let ports = |protocol, ports: crate::asg::PortRange| Self {
@@ -98,16 +107,17 @@ impl Side {
 }
 
 impl Layer {
-    fn overlaps(&self, side: &Side, (first, last): Span) -> bool {
-        self.near(side)
-            .filter(|(other, _)| other.overlaps(side))
-            .any(|(_, spans)| spans.range(..=last).next_back().is_some_and(|(_, end)| *end >= first))
-    }
-
-    fn contains(&self, side: &Side, (first, last): Span) -> bool {
-        self.near(side)
-            .filter(|(other, _)| other.contains(side))
-            .any(|(_, spans)| spans.range(..=first).next_back().is_some_and(|(_, end)| *end >= last))
+    /// Boxes of a layer do not overlap, so the first one that meets this one says all.
+    fn meets(&self, side: &Side, (first, last): Span) -> Meeting {
+        let met = self.near(side).filter(|(other, _)| other.overlaps(side)).find_map(|(other, spans)| {
+            let (from, to) = spans.range(..=last).next_back().filter(|(_, end)| **end >= first)?;
+            Some(other.contains(side) && *from <= first && last <= *to)
+        });
+        match met {
+            None => Meeting::Apart,
+            Some(true) => Meeting::Within,
+            Some(false) => Meeting::Overlaps,
+        }
     }
 
     /// All sides that may overlap this one.
@@ -182,15 +192,18 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
     }
     let mut layers: Vec<Layer> = Vec::new();
     for (side, span, log) in boxes {
-        if layers.iter().any(|layer| layer.contains(&side, span)) {
+        let met: Vec<Meeting> = layers.iter().map(|layer| layer.meets(&side, span)).collect();
+        if met.contains(&Meeting::Within) {
             continue;
         }
+        let met = || layers.iter().zip(&met);
         // Behind every layer that has to be asked before it.
-        let after = layers.iter().rposition(|layer| layer.log != log && layer.overlaps(&side, span));
+        let after = met().rposition(|(layer, met)| layer.log != log && *met != Meeting::Apart);
+        let fits = |(layer, met): (&Layer, &Meeting)| {
+            (layer.shape, layer.log) == (side.shape, log) && *met == Meeting::Apart
+        };
         let from = after.map_or(0, |n| n + 1);
-        let fits =
-            |layer: &Layer| (layer.shape, layer.log) == (side.shape, log) && !layer.overlaps(&side, span);
-        let place = layers.iter().skip(from).position(fits).map(|n| n + from);
+        let place = met().skip(from).position(fits).map(|n| n + from);
         let place = place.unwrap_or_else(|| {
             layers.push(Layer { shape: side.shape, log, boxes: BTreeMap::new() });
             layers.len() - 1
