@@ -48,6 +48,8 @@ pub(super) struct Layer {
     pub(super) log: bool,
     /// By the width of their sides, so that those that meet another are found without looking at all.
     boxes: BTreeMap<u32, Boxes>,
+    /// All their addresses, as spans that do not touch: most boxes meet none of these.
+    covered: BTreeMap<u32, u32>,
 }
 
 /// How a box lies to those of a layer.
@@ -109,6 +111,9 @@ impl Side {
 impl Layer {
     /// Boxes of a layer do not overlap, so the first one that meets this one says all.
     fn meets(&self, side: &Side, (first, last): Span) -> Meeting {
+        if self.covered.range(..=last).next_back().is_none_or(|(_, end)| *end < first) {
+            return Meeting::Apart;
+        }
         let met = self.near(side).filter(|(other, _)| other.overlaps(side)).find_map(|(other, spans)| {
             let (from, to) = spans.range(..=last).next_back().filter(|(_, end)| **end >= first)?;
             Some(other.contains(side) && *from <= first && last <= *to)
@@ -134,8 +139,17 @@ impl Layer {
         })
     }
 
-    fn insert(&mut self, side: Side, (first, last): Span) {
-        self.boxes.entry(side.width()).or_default().entry(side).or_default().insert(first, last);
+    fn insert(&mut self, side: Side, span: Span) {
+        self.boxes.entry(side.width()).or_default().entry(side).or_default().insert(span.0, span.1);
+        let (mut first, mut last) = span;
+        while let Some((from, to)) = self.covered.range(..=last.saturating_add(1)).next_back()
+            && to.saturating_add(1) >= first
+        {
+            let (from, to) = (*from, *to);
+            (first, last) = (first.min(from), last.max(to));
+            self.covered.remove(&from);
+        }
+        self.covered.insert(first, last);
     }
 
     /// The fields of the layer's key.
@@ -205,7 +219,7 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
         let from = after.map_or(0, |n| n + 1);
         let place = met().skip(from).position(fits).map(|n| n + from);
         let place = place.unwrap_or_else(|| {
-            layers.push(Layer { shape: side.shape, log, boxes: BTreeMap::new() });
+            layers.push(Layer { shape: side.shape, log, boxes: BTreeMap::new(), covered: BTreeMap::new() });
             layers.len() - 1
         });
         layers[place].insert(side, span);
@@ -227,7 +241,7 @@ fn merged(mut boxes: Vec<(Side, Span, bool)>) -> Vec<(Side, Span, bool)> {
     }
     let size =
         |side: &Side| side.high.iter().zip(side.low).map(|(high, low)| u32::from(high - low)).sum::<u32>();
-    merged.sort_by_key(|(side, (first, last), _)| {
+    merged.sort_by_cached_key(|(side, (first, last), _)| {
         (side.shape, std::cmp::Reverse(size(side)), std::cmp::Reverse(last - first), *first)
     });
     merged

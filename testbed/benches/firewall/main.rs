@@ -14,8 +14,10 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde::Serialize;
 use weft_testbed::interrupt;
 
@@ -82,12 +84,14 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     interrupt::watch()?;
+    let cores = thread::available_parallelism()?.get();
+    stay_on_one_processor()?;
     let wants = |part| arguments.only.is_empty() || arguments.only.contains(&part);
     let (rounds, repeat) = (arguments.rounds, arguments.repeat);
     let long = Duration::from_millis(arguments.milliseconds);
     let report = Report {
         bench: "firewall",
-        cores: thread::available_parallelism()?.get(),
+        cores,
         kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
         load_before: load(),
         rounds,
@@ -102,6 +106,16 @@ fn run(arguments: &Arguments) -> Result<()> {
         print::tables(&report);
     }
     Ok(())
+}
+
+/// This thread and all that come of it. Where no two of them run at once, nobody waits for another processor to wake up,
+/// and a thread's time is known once another runs.
+fn stay_on_one_processor() -> Result<()> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    let first = (0..CpuSet::count()).find(|n| allowed.is_set(*n).unwrap_or(false));
+    let mut one = CpuSet::new();
+    one.set(first.context("a processor to run on")?)?;
+    sched_setaffinity(Pid::from_raw(0), &one).context("stay on one processor")
 }
 
 /// The machine's load average over a minute: a figure taken on a busy machine is another figure.

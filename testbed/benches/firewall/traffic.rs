@@ -204,11 +204,8 @@ fn ready(done: std::io::Result<usize>) -> Result<Option<usize>> {
     }
 }
 
-/// The calling thread, on one processor and before what else runs there.
+/// Puts the calling thread before what else runs on its processor.
 fn first_in_line() -> Result<()> {
-    let mut processors = nix::sched::CpuSet::new();
-    processors.set(0)?;
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &processors).context("pin a thread")?;
     let thread = nix::unistd::gettid().to_string();
     let asked = std::process::Command::new("chrt").args(["--rr", "--pid", "1", &thread]).output();
     let output = asked.context("execute chrt (package util-linux)")?;
