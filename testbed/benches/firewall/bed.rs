@@ -11,6 +11,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
 use weft_model::cell::{Cell, CellConfig, Step, Wanted};
@@ -248,6 +249,26 @@ pub(super) fn matching(after: usize, tcp: u16, udp: u16) -> [EgressRule; 2] {
     let index = u32::try_from(after).unwrap_or(u32::MAX - 1);
     let rule = |traffic, index| EgressRule { to, traffic, log: false, index };
     [rule(Traffic::Tcp(port_range(tcp, tcp)), index), rule(Traffic::Udp(port_range(udp, udp)), index + 1)]
+}
+
+/// The same as Garden passes it.
+pub(super) fn garden(rules: &[EgressRule]) -> Value {
+    let one = |rule: &EgressRule| {
+        let (protocol, ports) = match rule.traffic {
+            Traffic::Tcp(ports) => (1, Some(ports)),
+            Traffic::Udp(ports) => (2, Some(ports)),
+            Traffic::Icmp { .. } | Traffic::All => (0, None),
+        };
+        let networks = json!([{"start": rule.to.first(), "end": rule.to.last()}]);
+        match ports {
+            None => json!({"protocol": protocol, "networks": networks}),
+            Some(ports) => {
+                let ports = json!([{"start": ports.first(), "end": ports.last()}]);
+                json!({"protocol": protocol, "networks": networks, "ports": ports})
+            }
+        }
+    };
+    rules.iter().map(one).collect()
 }
 
 fn range(first: u32, last: u32) -> AddrRange {

@@ -6,14 +6,15 @@ use anyhow::{Context, Result, ensure};
 use nf_tables::batch::Transaction;
 use serde::Serialize;
 use weft_model::asg::EgressRule;
+use weft_model::asg::garden::parse;
 use weft_model::cell::{Key, Step};
-use weft_model::profile::{Known, Profile};
+use weft_model::profile::Known;
 use weft_node::journal::Journal;
 use weft_node::kernel::{Namespaces, transaction};
 use weft_testbed::interrupt;
 
 use super::bare::Bare;
-use super::bed::{Bed, Ports, Program, firewall_only, handle, list, profile, wanted};
+use super::bed::{Bed, Ports, Program, firewall_only, garden, handle, list, profile, wanted};
 use super::figure::{Figure, Spent, median_of};
 use super::progress;
 
@@ -26,6 +27,8 @@ const PRESENT: usize = 250;
 /// What one change took, part by part; milliseconds.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sample {
+    /// Zero where nobody passes JSON.
+    decode: Spent,
     known: Spent,
     plan: Spent,
     kernel: Spent,
@@ -44,13 +47,15 @@ pub(super) struct Row {
     pub(super) list: &'static str,
     /// Containers that are there.
     pub(super) present: usize,
-    /// Values of the profile, its digest and its layers.
+    /// Garden's JSON made rules.
+    pub(super) decode_ms: Figure,
+    /// Rules made a profile that has a name: its digest.
     pub(super) known_ms: Figure,
-    /// Edits, difference, and belief afterwards.
+    /// Edits, the layers of a list that is new, difference, and belief afterwards.
     pub(super) plan_ms: Figure,
     /// The transaction by the kernel's shell, from asking to its answer.
     pub(super) kernel_ms: Figure,
-    /// The three of them.
+    /// The last three of them.
     pub(super) whole_ms: Figure,
     pub(super) whole_cpu_ms: Figure,
     /// Beside them.
@@ -77,6 +82,7 @@ impl Rounds {
             rules,
             list,
             present,
+            decode_ms: figure(|sample| sample.decode.wall),
             known_ms: figure(|sample| sample.known.wall),
             plan_ms: figure(|sample| sample.plan.wall),
             kernel_ms: figure(|sample| sample.kernel.wall),
@@ -145,8 +151,8 @@ struct Add {
     rules: usize,
     present: usize,
     measured: Measured,
-    /// A list that nobody has, and one that somebody has.
-    lists: [(&'static str, Vec<EgressRule>); 2],
+    /// A list that nobody has, and one that somebody has; in JSON.
+    lists: [(&'static str, Vec<u8>); 2],
     samples: [Rounds; 2],
     bytes: [usize; 2],
 }
@@ -175,8 +181,10 @@ pub(super) fn add(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
 impl Add {
     fn new(rules: usize, present: usize) -> Result<Self> {
         let mut measured = Measured::new()?;
-        let lists = [("new", list(1, rules, Ports::Usual)), ("known", list(2, rules, Ports::Usual))];
-        measured.bed.add("holder", 1, &Arc::new(profile(lists[1].1.clone()).into()))?;
+        let (new, known) = (list(1, rules, Ports::Usual), list(2, rules, Ports::Usual));
+        let json = |rules: &[EgressRule]| garden(rules).to_string().into_bytes();
+        let lists = [("new", json(&new)), ("known", json(&known))];
+        measured.bed.add("holder", 1, &Arc::new(profile(known).into()))?;
         measured.others(present, rules)?;
         Ok(Self { rules, present, measured, lists, samples: Default::default(), bytes: [0; 2] })
     }
@@ -185,7 +193,7 @@ impl Add {
         for which in 0..2 {
             let mut samples = Vec::new();
             for _ in 0..repeat {
-                let (sample, bytes) = self.once(profile(self.lists[which].1.clone()))?;
+                let (sample, bytes) = self.once(which)?;
                 samples.push(sample);
                 self.bytes[which] = bytes;
             }
@@ -194,11 +202,14 @@ impl Add {
         Ok(())
     }
 
-    fn once(&mut self, profile: Profile) -> Result<(Sample, usize)> {
+    fn once(&mut self, which: usize) -> Result<(Sample, usize)> {
         let mut sample = Sample::default();
         let begin = Spent::now()?;
-        let known: Arc<Known> = Arc::new(profile.into());
-        sample.known = Spent::now()?.since(begin);
+        let parsed = parse(&self.lists[which].1).map_err(|why| anyhow::anyhow!("{why}"))?;
+        let decoded = Spent::now()?;
+        let known: Arc<Known> = Arc::new(profile(parsed.rules).into());
+        sample.decode = decoded.since(begin);
+        sample.known = Spent::now()?.since(decoded);
         let wanted = wanted("added", "eth0", known)?;
         let there = self.measured.change(&mut sample, |bed| {
             bed.cell.add(wanted)?;

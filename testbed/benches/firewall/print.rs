@@ -26,22 +26,23 @@ pub(super) fn tables(report: &Report) {
     }
     if let Some(memory) = &report.memory {
         println!(
-            "\nMemory: {} containers, {} rules: {:.1} MiB more than an empty cell's {:.1} MiB (peak {:.1} MiB)",
-            memory.containers,
-            memory.rules,
-            mib(memory.after_kib.saturating_sub(memory.before_kib)),
-            mib(memory.before_kib),
-            mib(memory.peak_kib)
+            "\nMemory of {} containers with {} rules (MiB resident: with an empty cell, with all, at most)",
+            memory.containers, memory.rules
         );
+        for (who, is) in [("model and kernel's shell", &memory.parts), ("weft-node", &memory.daemon)] {
+            let [before, after, peak] = [is.before_kib, is.after_kib, is.peak_kib].map(mib);
+            println!("{who:<28} {before:>9.1} {after:>9.1} {peak:>9.1}");
+        }
     }
 }
 
 fn changes(rows: &[Row]) {
     println!(
-        "{:>6} {:<12} {:>7} {:>9} {:>9} {:>9} {:>20} {:>20} {:>20} {:>17} {:>17} {:>9}",
+        "{:>6} {:<12} {:>7} {:>9} {:>9} {:>9} {:>9} {:>20} {:>20} {:>20} {:>17} {:>17} {:>9}",
         "rules",
         "list",
         "present",
+        "decode",
         "known",
         "plan",
         "kernel",
@@ -54,10 +55,11 @@ fn changes(rows: &[Row]) {
     );
     for row in rows {
         println!(
-            "{:>6} {:<12} {:>7} {:>9.3} {:>9.3} {:>9.3} {:>20} {:>20} {:>20} {:>17} {:>17} {:>9.3}",
+            "{:>6} {:<12} {:>7} {:>9.3} {:>9.3} {:>9.3} {:>9.3} {:>20} {:>20} {:>20} {:>17} {:>17} {:>9.3}",
             row.rules,
             row.list,
             row.present,
+            row.decode_ms.median,
             row.known_ms.median,
             row.plan_ms.median,
             row.kernel_ms.median,
