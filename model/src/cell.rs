@@ -351,17 +351,22 @@ impl Cell {
         }
     }
 
+    /// What stays as it is is not touched: where it is not believed, it was touched before.
     fn replan(&mut self, unit: Unit) {
         let now = plan_unit(&unit, &self.inputs);
         let keys: Box<[Key]> = now.iter().map(|(key, _)| key.clone()).collect();
         let before = if keys.is_empty() { self.units.remove(&unit) } else { self.units.insert(unit, keys) };
         for key in before.into_iter().flatten() {
-            self.wanted.remove(&key);
-            self.touched.insert(key);
+            if now.iter().all(|(still, _)| *still != key) {
+                self.wanted.remove(&key);
+                self.touched.insert(key);
+            }
         }
         for (key, object) in now {
-            self.touched.insert(key.clone());
-            self.wanted.insert(key, object);
+            if self.wanted.get(&key) != Some(&object) {
+                self.touched.insert(key.clone());
+                self.wanted.insert(key, object);
+            }
         }
     }
 

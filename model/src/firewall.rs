@@ -22,7 +22,7 @@ mod member;
 mod profile;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
 
@@ -101,7 +101,12 @@ impl std::fmt::Display for Part {
 
 /// Names are made of words and digests here, never of what comes from outside.
 fn name(text: &str) -> Name {
-    text.parse().unwrap_or_else(|_| unreachable!("{text} is a name"))
+    let new = |text: &str| text.parse().unwrap_or_else(|_| unreachable!("{text} is a name"));
+    /// Those of the maps that every container enters are made once.
+    static SHARED: OnceLock<[Name; 5]> = OnceLock::new();
+    let shared =
+        SHARED.get_or_init(|| ["sources", "allowed", "profiles", "services", "translations"].map(new));
+    shared.iter().find(|name| name.as_str() == text).cloned().unwrap_or_else(|| new(text))
 }
 
 fn chain(name_of: &str, rules: Vec<nf_tables::Rule>) -> (Part, Content) {

@@ -5,6 +5,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::Ipv4Addr;
 use std::num::{NonZeroU16, NonZeroU32};
+use std::sync::OnceLock;
 
 use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Serialize};
@@ -117,13 +118,22 @@ impl Default for Settings {
 }
 
 /// A profile with what follows from it, which is worked out once.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(from = "Saved", into = "Saved")]
 pub struct Known {
     digest: Digest,
     profile: Profile,
-    layers: Layers,
+    /// Not before they are asked for: of a profile that the cell has already, nobody asks.
+    layers: OnceLock<Layers>,
 }
+
+impl PartialEq for Known {
+    fn eq(&self, other: &Self) -> bool {
+        (self.digest, &self.profile) == (other.digest, &other.profile)
+    }
+}
+
+impl Eq for Known {}
 
 impl Known {
     pub fn digest(&self) -> Digest {
@@ -135,7 +145,7 @@ impl Known {
     }
 
     pub fn layers(&self) -> &Layers {
-        &self.layers
+        self.layers.get_or_init(|| Layers::of(&self.profile))
     }
 }
 
@@ -147,7 +157,7 @@ impl Default for Known {
 
 impl From<Profile> for Known {
     fn from(profile: Profile) -> Self {
-        Self { digest: digest_of(&profile), layers: Layers::of(&profile), profile }
+        Self { digest: digest_of(&profile), profile, layers: OnceLock::new() }
     }
 }
 
@@ -166,7 +176,7 @@ impl From<Known> for Saved {
 
 impl From<Saved> for Known {
     fn from(Saved { digest, profile }: Saved) -> Self {
-        Self { digest, layers: Layers::of(&profile), profile }
+        Self { digest, profile, layers: OnceLock::new() }
     }
 }
 
@@ -177,10 +187,10 @@ pub struct Digest(u128);
 
 /// Of any value, by what it hashes.
 pub fn digest_of(value: &impl Hash) -> Digest {
-    let mut sha = Sha(Sha256::new());
-    value.hash(&mut sha);
+    let mut fed = Fed(Vec::new());
+    value.hash(&mut fed);
     let mut first = [0; 16];
-    first.copy_from_slice(&sha.0.finalize()[..16]);
+    first.copy_from_slice(&Sha256::digest(&fed.0)[..16]);
     Digest(u128::from_be_bytes(first))
 }
 
@@ -192,12 +202,13 @@ impl Digest {
     }
 }
 
-/// Feeds what a value hashes to a digest. Lengths and discriminants are part of it, so that no two values feed the same.
-struct Sha(Sha256);
+/// What a value hashes, to be digested in one piece. Lengths and discriminants are part of it, so that no two values feed
+/// the same.
+struct Fed(Vec<u8>);
 
-impl Hasher for Sha {
+impl Hasher for Fed {
     fn write(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        self.0.extend_from_slice(bytes);
     }
 
     fn finish(&self) -> u64 {

@@ -5,15 +5,18 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use nf_tables::Data;
+use nf_tables::machine::{self, Packet, Program};
 use proptest::prelude::*;
+use weft_model::address::OverlayAddr;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
 use weft_model::cell::unit::plan;
 use weft_model::cell::{Cell, Key, Object, Outcome, Wanted};
 use weft_model::container::PortMapping;
 use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
-use weft_model::firewall::{Content, program};
+use weft_model::firewall::{ALLOWED, Content, INGRESS_CONNECTION, program};
+use weft_model::link;
 use weft_model::policy::{Policy, PolicyTag, by_app};
-use weft_model::profile::{Profile, Settings, Transport};
+use weft_model::profile::{Known, Profile, Settings, Transport};
 use weft_model::reason::Reason;
 use weft_model::walk;
 
@@ -24,6 +27,15 @@ fn cell_with(profile: Profile) -> (Cell, Ipv4Addr) {
     let wanted = Wanted { profile: Arc::new(profile.into()), ..walk::wanted(1) };
     let addr = cell.add(wanted).expect("added").addr.get();
     (cell, addr)
+}
+
+fn program_of(cell: &Cell) -> Program {
+    let wanted = plan(cell.inputs());
+    let parts = wanted.iter().filter_map(|(key, object)| match (key, object) {
+        (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
+        _ => None,
+    });
+    program(parts)
 }
 
 fn ask(cell: &Cell, from: Ipv4Addr, to: Ipv4Addr, probe: Probe) -> Explanation {
@@ -37,12 +49,7 @@ fn ask_on(
     probe: Probe,
     routes: impl Fn(Ipv4Addr) -> Route,
 ) -> Explanation {
-    let wanted = plan(cell.inputs());
-    let parts = wanted.iter().filter_map(|(key, object)| match (key, object) {
-        (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
-        _ => None,
-    });
-    explain(&program(parts), cell.inputs(), from, to, probe, routes).expect("the program is whole")
+    explain(&program_of(cell), cell.inputs(), from, to, probe, routes).expect("the program is whole")
 }
 
 fn rule(to: (u32, u32), traffic: Traffic, log: bool, index: u32) -> EgressRule {
@@ -237,4 +244,73 @@ fn policies_let_apps_in_by_tag_protocol_and_ports() {
     assert_eq!(ask_by(&cell, one, two, tcp(8080)).verdict, Verdict::Refused);
     assert_eq!(ask_by(&cell, one, other_cell, tcp(8080)).verdict, Verdict::Refused);
     assert_eq!(ask_by(&cell, three, two, tcp(8080)).verdict, Verdict::Allowed);
+}
+
+/// dataplane.md, "To the world", line 3: the look that comes first says all that the lines before it ask for.
+#[test]
+fn only_a_containers_own_packets_to_the_world_pass_by_what_was_let_out_before() {
+    let mut cell = walk::start(7);
+    let rules = vec![rule((0, u32::MAX), Traffic::All, false, 0)];
+    let open: Arc<Known> = Arc::new(Profile { rules, ..Profile::default() }.into());
+    let mut add = |n, profile: &Arc<Known>| {
+        let wanted = Wanted { profile: Arc::clone(profile), ..walk::wanted(n) };
+        cell.add(wanted).expect("added").addr
+    };
+    let (one, two) = (add(1, &open), add(2, &Arc::default()));
+    let program = program_of(&cell);
+    let mark = open.digest().mark();
+    let packet = |from: OverlayAddr, link: OverlayAddr| {
+        let mut network = vec![0; 20];
+        network[12..16].copy_from_slice(&from.get().octets());
+        network[16..20].copy_from_slice(&WORLD.octets());
+        Packet {
+            family: 2,
+            protocol: 17,
+            network,
+            transport: vec![0, 0, 0, 53, 0, 8, 0, 0],
+            in_index: Some(link::index(link)),
+            in_name: Some(link::host_name(link).to_string()),
+            out_name: Some("eth0".to_owned()),
+            state: 8, // new
+            connection_mark: mark,
+            ..Packet::default()
+        }
+    };
+    let run = |packet: &Packet| {
+        let mut packet = packet.clone();
+        let decision = program.run(&"forward".parse().expect("name"), &mut packet).expect("whole");
+        let by = decision.by.map(|place| place.comment).unwrap_or_default();
+        (decision.outcome, by.starts_with("let out before"), packet.mark)
+    };
+    let good = packet(one, one);
+    assert_eq!(run(&good), (machine::Outcome::Accept, true, ALLOWED));
+    let answer = Packet { connection_mark: INGRESS_CONNECTION, state: 2, ..good.clone() };
+    assert_eq!(run(&answer), (machine::Outcome::Accept, true, ALLOWED), "from a mapped port");
+
+    for (what, outcome, packet) in [
+        ("another's address", machine::Outcome::Drop, packet(two, one)),
+        ("another's link", machine::Outcome::Drop, packet(one, two)),
+        ("not IPv4", machine::Outcome::Drop, Packet { family: 10, ..good.clone() }),
+        (
+            "a forged frame",
+            machine::Outcome::Reject,
+            Packet { transport: vec![0, 0, 0x12, 0xb5], ..good.clone() },
+        ),
+        (
+            "to another cell",
+            machine::Outcome::Reject,
+            Packet { out_name: Some("silk-vtep".into()), ..good.clone() },
+        ),
+        ("on no way", machine::Outcome::Reject, Packet { out_name: Some("eth9".into()), ..good.clone() }),
+        (
+            "to a container",
+            machine::Outcome::Reject,
+            Packet { out_name: Some(link::host_name(two).to_string()), ..good.clone() },
+        ),
+        ("by another's rules", machine::Outcome::Reject, packet(two, two)),
+        ("by no rules", machine::Outcome::Accept, Packet { connection_mark: 0, ..good.clone() }),
+    ] {
+        let (is, let_out_before, _) = run(&packet);
+        assert_eq!((is, let_out_before), (outcome, false), "{what}");
+    }
 }

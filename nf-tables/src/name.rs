@@ -1,12 +1,27 @@
 //! Names of tables, chains and sets.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// 1 to 128 bytes: a lower-case letter, then lower-case letters, digits, `-` and `_`; and no word of the nft language, so
 /// that what `nft list` prints can be read by `nft -f`. (The kernel takes up to 255 bytes of anything.)
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Name(Box<str>);
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Name(Arc<str>);
+
+impl Ord for Name {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // Most names that meet in a sorted map are one.
+        if Arc::ptr_eq(&self.0, &other.0) { Ordering::Equal } else { self.0.cmp(&other.0) }
+    }
+}
+
+impl PartialOrd for Name {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -28,7 +43,7 @@ impl FromStr for Name {
             text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_'));
         let starts = text.starts_with(|c: char| c.is_ascii_lowercase());
         let fits = (1..=128).contains(&text.len());
-        let own = !RESERVED.contains(&text);
+        let own = RESERVED.binary_search(&text).is_err();
         if clean && starts && fits && own { Ok(Self(text.into())) } else { Err(NotAName(text.to_owned())) }
     }
 }

@@ -49,6 +49,7 @@ use delete::Deleters;
 use dump::RouteSocket;
 use lay::Work;
 use rules::RulesSocket;
+pub use rules::transaction;
 use socket::NetlinkSocket;
 
 /// Where the inner ends of new links are born: the containers' network namespaces, by container address.

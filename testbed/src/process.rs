@@ -86,7 +86,8 @@ impl Daemon {
 }
 
 impl Process {
-    fn now(pid: i32) -> Option<Self> {
+    /// The process that has this number now.
+    pub fn now(pid: i32) -> Option<Self> {
         Some(Self { pid, started: stat(pid)?.started })
     }
 
@@ -114,6 +115,16 @@ impl Process {
         // utime and stime, fields 14 and 15, in units of 1/100 s on every architecture.
         let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
         Duration::from_millis(ticks * 10)
+    }
+
+    /// Resident memory in KiB: now, and the most there ever was.
+    pub fn memory(self) -> Option<(u64, u64)> {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let line = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        Some((line("VmRSS:")?, line("VmHWM:")?))
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!            ┌ from a link ─▶ sent ──▶ from-container ─┬─ to a link ──▶ newcomers ─▶ uninvited
-//!  forward ──┤               (who?)    (established?)  ├─ to the VTEP ─▶ to-overlay
-//!            │                                         └─ to the world ▶ egress ──map──▶ egress-DIGEST
+//!  forward ──┤           (let out before?)  (established?)  ├─ to the VTEP ─▶ to-overlay
+//!            │               (who?)                    └─ to the world ▶ egress ──map──▶ egress-DIGEST
 //!            └ to a link ───▶ received (established?) ──▶ newcomers
 //!
 //!            ┌ from a link ─▶ to-cell ──▶ asks-cell ──map──▶ services-DIGEST ──▶ refused-by-cell
@@ -52,7 +52,7 @@ pub fn base(base: &Base<'_>) -> Planned {
     planned.push(element("metadata", AZURE.to_vec(), Data::Nothing));
     planned.extend([
         hooked("forward", Kind::Filter, Hook::Forward, BEFORE_IPTABLES, base.forward()),
-        chain("sent", sent("from-container")),
+        chain("sent", base.sent()),
         chain("from-container", base.sent_by_container()),
         chain("to-overlay", base.to_overlay()),
         chain("egress", egress()),
@@ -61,7 +61,7 @@ pub fn base(base: &Base<'_>) -> Planned {
         chain("newcomers", base.newcomers()),
         chain("strangers", strangers()),
         hooked("input", Kind::Filter, Hook::Input, BEFORE_IPTABLES, base.input()),
-        chain("to-cell", sent("asks-cell")),
+        chain("to-cell", known("asks-cell")),
         chain("asks-cell", base.asks_cell()),
         chain("refused-by-cell", vec![base.refused_by_cell()]),
         hooked("port-mapping", Kind::Nat, Hook::Prerouting, DESTINATION_NAT, base.port_mapping()),
@@ -78,7 +78,11 @@ fn maps() -> Vec<(Part, Content)> {
     let ipv4 = || Key::from([Field::Ipv4]);
     vec![
         map("sources", [Field::InterfaceIndex, Field::Ipv4].into(), Target::Value(vec![Field::Mark])),
-        map("allowed", [Field::Ipv4, Field::Mark].into(), Target::Nothing),
+        map(
+            "allowed",
+            [Field::InterfaceIndex, Field::Ipv4, Field::Mark].into(),
+            Target::Value(vec![Field::Mark]),
+        ),
         map("profiles", ipv4(), Target::Verdict),
         map("services", ipv4(), Target::Verdict),
         map("translations", ipv4(), Target::Verdict),
@@ -96,7 +100,7 @@ fn hooked(of: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> 
 }
 
 /// dataplane.md, "Spoofed sources, IPv6". The mark says from here on that the sender is known, and carries its tag.
-fn sent(next: &str) -> Vec<Rule> {
+fn known(next: &str) -> Vec<Rule> {
     vec![
         rule("the link's own address")
             .ipv4()
@@ -109,9 +113,6 @@ fn sent(next: &str) -> Vec<Rule> {
 /// dataplane.md, "To the world".
 fn egress() -> Vec<Rule> {
     vec![
-        rule("let out before, by the rules of today")
-            .in_set(&name("allowed"), &[Of::Source, Of::ConnectionMark])
-            .accept(),
         rule("TCP that belongs to no connection").protocol(TCP).state(INVALID).drop(),
         rule("what the container may").verdict_from(&name("profiles"), &[Of::Source]),
         rule("nothing is known of what it may").reject(),
@@ -152,6 +153,22 @@ impl Base<'_> {
             rule("from another cell, to no container").in_by(vtep).reject(),
             rule("to another cell, from no container").out_by(vtep).reject(),
         ]
+    }
+
+    /// dataplane.md, "To the world", line 3, comes before all else, since most packets need no more: one look says that the
+    /// address is the link's own, and that the profile of today let the connection out or that it is one to a mapped port.
+    /// It lets nothing through that the lines before it would not.
+    fn sent(&self) -> Vec<Rule> {
+        let before = |way| {
+            rule("let out before by the rules of today, or an answer")
+                .ipv4()
+                .out_by(way)
+                .not_to_port(self.config.vtep_port)
+                .mark_from(&name("allowed"), &[Of::InIndex, Of::Source, Of::ConnectionMark])
+                .accept()
+        };
+        let ways = self.ways.iter().filter(|way| **way != self.config.vtep_name);
+        ways.map(before).chain(known("from-container")).collect()
     }
 
     fn sent_by_container(&self) -> Vec<Rule> {

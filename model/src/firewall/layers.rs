@@ -6,6 +6,7 @@
 //! that match, the last one decides whether a connection is logged.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use nf_tables::{Field, Key, Ranges};
 
@@ -37,13 +38,27 @@ struct Side {
 /// First and last address.
 type Span = (u32, u32);
 
+/// First address to last address, by what the boxes have besides.
+type Boxes = BTreeMap<Side, BTreeMap<u32, u32>>;
+
 /// Boxes of one shape that do not overlap, and whether what they let through is logged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Layer {
     pub(super) shape: Shape,
     pub(super) log: bool,
-    /// First address to last address, by what the boxes have besides.
-    boxes: BTreeMap<Side, BTreeMap<u32, u32>>,
+    /// By the width of their sides, so that those that meet another are found without looking at all.
+    boxes: BTreeMap<u32, Boxes>,
+    /// All their addresses, as spans that do not touch: most boxes meet none of these.
+    covered: BTreeMap<u32, u32>,
+}
+
+/// How a box lies to those of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meeting {
+    Apart,
+    Overlaps,
+    /// One of them holds it.
+    Within,
 }
 
 impl Side {
@@ -66,6 +81,19 @@ impl Side {
         }
     }
 
+    /// Ports between first and last, or types, as a power of two that is not less.
+    fn width(&self) -> u32 {
+        u16::BITS - (self.high[0] - self.low[0]).leading_zeros()
+    }
+
+    /// From the first to the last that may meet it, of those of one width.
+    fn neighbours(&self, width: u32) -> (Self, Self) {
+        let most = u16::try_from((1_u32 << width) - 1).unwrap_or(u16::MAX);
+        let least = [self.low[0].saturating_sub(most), 0];
+        let (none, all) = ([0; 2], [u16::MAX; 2]);
+        (Self { low: least, high: none, ..*self }, Self { low: [self.high[0], u16::MAX], high: all, ..*self })
+    }
+
     fn overlaps(&self, other: &Self) -> bool {
         let meets = |n: usize| self.low[n] <= other.high[n] && other.low[n] <= self.high[n];
         self.shape == Shape::Any
@@ -81,18 +109,47 @@ impl Side {
 }
 
 impl Layer {
-    fn overlaps(&self, side: &Side, (first, last): Span) -> bool {
-        self.boxes
-            .iter()
-            .filter(|(other, _)| other.overlaps(side))
-            .any(|(_, spans)| spans.range(..=last).next_back().is_some_and(|(_, end)| *end >= first))
+    /// Boxes of a layer do not overlap, so the first one that meets this one says all.
+    fn meets(&self, side: &Side, (first, last): Span) -> Meeting {
+        if self.covered.range(..=last).next_back().is_none_or(|(_, end)| *end < first) {
+            return Meeting::Apart;
+        }
+        let met = self.near(side).filter(|(other, _)| other.overlaps(side)).find_map(|(other, spans)| {
+            let (from, to) = spans.range(..=last).next_back().filter(|(_, end)| **end >= first)?;
+            Some(other.contains(side) && *from <= first && last <= *to)
+        });
+        match met {
+            None => Meeting::Apart,
+            Some(true) => Meeting::Within,
+            Some(false) => Meeting::Overlaps,
+        }
     }
 
-    fn contains(&self, side: &Side, (first, last): Span) -> bool {
-        self.boxes
-            .iter()
-            .filter(|(other, _)| other.contains(side))
-            .any(|(_, spans)| spans.range(..=first).next_back().is_some_and(|(_, end)| *end >= last))
+    /// All sides that may overlap this one.
+    fn near(&self, side: &Side) -> impl Iterator<Item = (&Side, &BTreeMap<u32, u32>)> {
+        let everything = self.shape == Shape::Any || side.shape == Shape::Any;
+        let none = self.shape != side.shape && !everything;
+        self.boxes.iter().filter(move |_| !none).flat_map(move |(width, boxes)| {
+            let (least, most) = side.neighbours(*width);
+            let (from, to) = match everything {
+                true => (Bound::Unbounded, Bound::Unbounded),
+                false => (Bound::Included(least), Bound::Included(most)),
+            };
+            boxes.range((from, to))
+        })
+    }
+
+    fn insert(&mut self, side: Side, span: Span) {
+        self.boxes.entry(side.width()).or_default().entry(side).or_default().insert(span.0, span.1);
+        let (mut first, mut last) = span;
+        while let Some((from, to)) = self.covered.range(..=last.saturating_add(1)).next_back()
+            && to.saturating_add(1) >= first
+        {
+            let (from, to) = (*from, *to);
+            (first, last) = (first.min(from), last.max(to));
+            self.covered.remove(&from);
+        }
+        self.covered.insert(first, last);
     }
 
     /// The fields of the layer's key.
@@ -106,28 +163,30 @@ impl Layer {
 
     /// The boxes as the kernel takes them.
     pub(super) fn ranges(&self) -> Ranges {
+        let length = self.key().len();
         let end = |side: &Side, addr: u32, of: [u16; 2], any: u8| {
-            let mut key = addr.to_be_bytes().to_vec();
             // Each field is filled up to four bytes.
-            let byte = |value: u16| [value.to_be_bytes()[1], 0, 0, 0];
+            let mut key = [0; 12];
+            key[..4].copy_from_slice(&addr.to_be_bytes());
             match self.shape {
-                Shape::Any => key.extend([any, 0, 0, 0]),
+                Shape::Any => key[4] = any,
                 Shape::Ports => {
-                    let [high, low] = of[0].to_be_bytes();
-                    key.extend([side.protocol, 0, 0, 0, high, low, 0, 0]);
+                    key[4] = side.protocol;
+                    key[8..10].copy_from_slice(&of[0].to_be_bytes());
                 }
-                Shape::Icmp => key.extend(byte(of[0]).into_iter().chain(byte(of[1]))),
+                Shape::Icmp => (key[4], key[8]) = (of[0].to_be_bytes()[1], of[1].to_be_bytes()[1]),
             }
             key
         };
-        let ends = self.boxes.iter().flat_map(|(side, spans)| {
+        let ends = self.boxes.values().flatten().flat_map(|(side, spans)| {
             let one = |(first, last): (&u32, &u32)| {
                 (end(side, *first, side.low, 0), end(side, *last, side.high, 255))
             };
             spans.iter().map(one)
         });
-        let ends: Vec<(Vec<u8>, Vec<u8>)> = ends.collect();
-        Ranges::new(self.key().len(), ends.iter().map(|(low, high)| (low.as_slice(), high.as_slice())))
+        let ends: Vec<([u8; 12], [u8; 12])> = ends.collect();
+        let whole = length as usize;
+        Ranges::new(length, ends.iter().map(|(low, high)| (&low[..whole], &high[..whole])))
     }
 }
 
@@ -147,20 +206,23 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
     }
     let mut layers: Vec<Layer> = Vec::new();
     for (side, span, log) in boxes {
-        if layers.iter().any(|layer| layer.contains(&side, span)) {
+        let met: Vec<Meeting> = layers.iter().map(|layer| layer.meets(&side, span)).collect();
+        if met.contains(&Meeting::Within) {
             continue;
         }
+        let met = || layers.iter().zip(&met);
         // Behind every layer that has to be asked before it.
-        let after = layers.iter().rposition(|layer| layer.log != log && layer.overlaps(&side, span));
+        let after = met().rposition(|(layer, met)| layer.log != log && *met != Meeting::Apart);
+        let fits = |(layer, met): (&Layer, &Meeting)| {
+            (layer.shape, layer.log) == (side.shape, log) && *met == Meeting::Apart
+        };
         let from = after.map_or(0, |n| n + 1);
-        let fits =
-            |layer: &Layer| (layer.shape, layer.log) == (side.shape, log) && !layer.overlaps(&side, span);
-        let place = layers.iter().skip(from).position(fits).map(|n| n + from);
+        let place = met().skip(from).position(fits).map(|n| n + from);
         let place = place.unwrap_or_else(|| {
-            layers.push(Layer { shape: side.shape, log, boxes: BTreeMap::new() });
+            layers.push(Layer { shape: side.shape, log, boxes: BTreeMap::new(), covered: BTreeMap::new() });
             layers.len() - 1
         });
-        layers[place].boxes.entry(side).or_default().insert(span.0, span.1);
+        layers[place].insert(side, span);
     }
     layers
 }
@@ -179,8 +241,69 @@ fn merged(mut boxes: Vec<(Side, Span, bool)>) -> Vec<(Side, Span, bool)> {
     }
     let size =
         |side: &Side| side.high.iter().zip(side.low).map(|(high, low)| u32::from(high - low)).sum::<u32>();
-    merged.sort_by_key(|(side, (first, last), _)| {
+    merged.sort_by_cached_key(|(side, (first, last), _)| {
         (side.shape, std::cmp::Reverse(size(side)), std::cmp::Reverse(last - first), *first)
     });
     merged
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::asg::{AddrRange, PortRange};
+
+    /// Ports of every width, so that wide ranges meet narrow ones wherever they begin.
+    fn rules() -> impl Strategy<Value = Vec<EgressRule>> {
+        let ports = (any::<u16>(), 0_u32..=16, any::<u16>()).prop_map(|(first, bits, more)| {
+            let wide = more & u16::try_from((1_u32 << bits) - 1).expect("16 bits");
+            PortRange::new(first, first.saturating_add(wide)).expect("range")
+        });
+        let traffic = prop_oneof![
+            1 => Just(Traffic::All),
+            8 => ports.clone().prop_map(Traffic::Tcp),
+            4 => ports.prop_map(Traffic::Udp),
+            2 => (any::<Option<u8>>(), any::<Option<u8>>()).prop_map(|(kind, code)| Traffic::Icmp { kind, code }),
+        ];
+        let one = (0_u32..40, 0_u32..4, traffic, any::<bool>()).prop_map(|(first, more, traffic, log)| {
+            let to = AddrRange::new(first.into(), (first + more).into()).expect("range");
+            EgressRule { to, traffic, log, index: 0 }
+        });
+        proptest::collection::vec(one, 1..40)
+    }
+
+    fn boxes(layer: &Layer) -> Vec<(Side, Span)> {
+        let flat = |(side, spans): (&Side, &BTreeMap<u32, u32>)| {
+            spans.iter().map(|(first, last)| (*side, (*first, *last))).collect::<Vec<_>>()
+        };
+        layer.boxes.values().flatten().flat_map(flat).collect()
+    }
+
+    proptest! {
+        /// The kernel would refuse a set of which two boxes overlap.
+        #[test]
+        fn no_two_boxes_of_a_layer_overlap(rules in rules(), log_all in any::<bool>()) {
+            for layer in layers(&rules, log_all) {
+                let boxes = boxes(&layer);
+                for (n, (side, (first, last))) in boxes.iter().enumerate() {
+                    for (other, (from, to)) in &boxes[..n] {
+                        prop_assert!(!side.overlaps(other) || last < from || to < first, "{:?} {:?}", side, other);
+                    }
+                }
+            }
+        }
+
+        /// No box is lost, and none is laid that another layer's holds already.
+        #[test]
+        fn every_rule_lies_within_the_layers(rules in rules(), log_all in any::<bool>()) {
+            let layers = layers(&rules, log_all);
+            for rule in &rules {
+                let side = Side::of(rule.traffic);
+                let span: Span = (rule.to.first().into(), rule.to.last().into());
+                let holds = |(other, (from, to)): &(Side, Span)| other.contains(&side) && *from <= span.0 && span.1 <= *to;
+                prop_assert!(layers.iter().flat_map(boxes).any(|one| holds(&one)), "{}", rule);
+            }
+        }
+    }
 }

@@ -4,7 +4,7 @@ use nf_tables::{Data, Verdict};
 
 use super::app::app_chain;
 use super::profile::{egress_chain, services_chain, translation_chain, uninvited_chain};
-use super::{ALLOWED, Part, Planned, element, name};
+use super::{ALLOWED, INGRESS_CONNECTION, Part, Planned, element, name};
 use crate::address::UnderlayAddr;
 use crate::container::Container;
 use crate::link;
@@ -18,15 +18,17 @@ pub fn member(container: &Container, profile: Option<&Profile>, app: Option<&App
     let goto = |chain: String| Data::Verdict(Verdict::Goto(name(&chain)));
     let source = [&link::index(container.addr).to_ne_bytes()[..], &addr].concat();
     let mark = ALLOWED | app.and_then(|app| app.tag).map_or(0, |tag| tag.get().into());
-    let mut planned = vec![element("sources", source, Data::Value(mark.to_ne_bytes().to_vec()))];
+    let mark = || Data::Value(mark.to_ne_bytes().to_vec());
+    let allowed =
+        |connection: u32| element("allowed", [&source[..], &connection.to_ne_bytes()].concat(), mark());
+    let mut planned = vec![element("sources", source.clone(), mark()), allowed(INGRESS_CONNECTION)];
     if let (Some(guid), true) = (container.owner.app(), app.is_some_and(|app| !app.inbound.is_empty())) {
         planned.push(own("apps", goto(app_chain(&guid))));
     }
     if let (Some(digest), Some(profile)) = (container.profile, profile) {
-        let allowed = [&addr[..], &digest.mark().to_ne_bytes()].concat();
         planned.extend([
             own("profiles", goto(egress_chain(digest))),
-            element("allowed", allowed, Data::Nothing),
+            allowed(digest.mark()),
             own("services", goto(services_chain(digest))),
             own("translations", goto(translation_chain(digest))),
         ]);

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
+use nf_tables::batch::Transaction;
 use nf_tables::decode::{self, Body, Found, Message, Object as There, Place, Refusal};
 use nf_tables::{Chain, Data, Name, Ranges, Set, request};
 use nix::libc::{EAGAIN, ECANCELED, EINTR, ENOENT, ERESTART};
@@ -27,6 +28,12 @@ const READ: usize = 64 << 10;
 const TRIES: usize = 20;
 /// Changes that are refused are left out and the others tried again, so often.
 const ROUNDS: usize = 8;
+
+/// The firewall's part of a step as it is sent: for those who measure what of a change is the kernel's.
+pub fn transaction(firewall: &Firewall) -> Transaction<&Key> {
+    let table = TABLE.parse().unwrap_or_else(|_| unreachable!("{TABLE} is a name"));
+    transaction::transaction(&table, 1, firewall.anew, &firewall.changes)
+}
 
 #[derive(Debug)]
 pub(super) struct RulesSocket {

@@ -1,0 +1,315 @@
+//! What a change of the firewall costs the cell's task: a container added, a security group changed.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use nf_tables::batch::Transaction;
+use serde::Serialize;
+use weft_model::asg::EgressRule;
+use weft_model::asg::garden::parse;
+use weft_model::cell::{Key, Step};
+use weft_model::profile::Known;
+use weft_node::journal::Journal;
+use weft_node::kernel::{Namespaces, transaction};
+use weft_testbed::interrupt;
+
+use super::bare::Bare;
+use super::bed::{Bed, Ports, Program, firewall_only, garden, handle, list, profile, wanted};
+use super::figure::{Figure, Spent, median_of};
+use super::progress;
+
+/// Lists of containers that are there without having to do with what is measured.
+const OTHER_LISTS: u32 = 10;
+/// Containers that a changed group is used by, and all that are there.
+const USERS: usize = 50;
+const PRESENT: usize = 250;
+
+/// What one change took, part by part; milliseconds.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sample {
+    /// Zero where nobody passes JSON.
+    decode: Spent,
+    known: Spent,
+    plan: Spent,
+    kernel: Spent,
+    journal: Spent,
+    bare: Spent,
+}
+
+/// What all samples of a row said, round by round.
+#[derive(Debug, Default)]
+struct Rounds(Vec<Vec<Sample>>);
+
+#[derive(Debug, Serialize)]
+pub(super) struct Row {
+    pub(super) rules: usize,
+    /// `new` or `known` of a list that is added; the ports of one that changes.
+    pub(super) list: &'static str,
+    /// Containers that are there.
+    pub(super) present: usize,
+    /// Garden's JSON made rules.
+    pub(super) decode_ms: Figure,
+    /// Rules made a profile that has a name: its digest.
+    pub(super) known_ms: Figure,
+    /// Edits, the layers of a list that is new, difference, and belief afterwards.
+    pub(super) plan_ms: Figure,
+    /// The transaction by the kernel's shell, from asking to its answer.
+    pub(super) kernel_ms: Figure,
+    /// The last three of them.
+    pub(super) whole_ms: Figure,
+    pub(super) whole_cpu_ms: Figure,
+    /// Beside them.
+    pub(super) journal_ms: Figure,
+    /// The same bytes sent again.
+    pub(super) bare_ms: Figure,
+    pub(super) bare_cpu_ms: Figure,
+    pub(super) cpu_to_bare: Figure,
+    pub(super) wall_to_bare: Figure,
+    pub(super) transaction_bytes: usize,
+}
+
+impl Rounds {
+    fn row(&self, of: impl Fn(&Sample) -> f64) -> Vec<f64> {
+        self.0.iter().map(|samples| median_of(samples.iter().map(&of).collect())).collect()
+    }
+
+    fn figures(&self, rules: usize, list: &'static str, present: usize, transaction_bytes: usize) -> Row {
+        let figure = |of: fn(&Sample) -> f64| Figure::of(self.row(of));
+        let ratio =
+            |of: fn(&Sample) -> f64, to: fn(&Sample) -> f64| Figure::ratio(&self.row(of), &self.row(to));
+        let whole = |sample: &Sample| sample.known + sample.plan + sample.kernel;
+        Row {
+            rules,
+            list,
+            present,
+            decode_ms: figure(|sample| sample.decode.wall),
+            known_ms: figure(|sample| sample.known.wall),
+            plan_ms: figure(|sample| sample.plan.wall),
+            kernel_ms: figure(|sample| sample.kernel.wall),
+            whole_ms: Figure::of(self.row(|sample| whole(sample).wall)),
+            whole_cpu_ms: Figure::of(self.row(|sample| whole(sample).cpu)),
+            journal_ms: figure(|sample| sample.journal.wall),
+            bare_ms: figure(|sample| sample.bare.wall),
+            bare_cpu_ms: figure(|sample| sample.bare.cpu),
+            cpu_to_bare: ratio(|s| (s.known + s.plan + s.kernel).cpu, |s| s.bare.cpu),
+            wall_to_bare: ratio(|s| (s.known + s.plan + s.kernel).wall, |s| s.bare.wall),
+            transaction_bytes,
+        }
+    }
+}
+
+/// A cell with what it takes to measure on it.
+struct Measured {
+    bed: Bed,
+    bare: Bare,
+    journal: Journal,
+    _directory: tempfile::TempDir,
+}
+
+impl Measured {
+    fn new() -> Result<Self> {
+        let bed = Bed::new(Program::Laid)?;
+        let directory = tempfile::tempdir()?;
+        let (journal, _) = Journal::open(directory.path(), "boot")?;
+        Ok(Self { bare: Bare::open(&bed.space)?, bed, journal, _directory: directory })
+    }
+
+    /// `edit` on the model, and all that follows; the step that it took.
+    fn change(&mut self, sample: &mut Sample, edit: impl FnOnce(&mut Bed) -> Result<()>) -> Result<Step> {
+        let begin = Spent::now()?;
+        edit(&mut self.bed)?;
+        let step = firewall_only(self.bed.cell.diff());
+        let planned = Spent::now()?;
+        let records = self.bed.cell.take_records();
+        let roster = self.bed.cell.roster();
+        self.journal.append(&records, || roster.records().collect())?;
+        let written = Spent::now()?;
+        let outcome = self.bed.apply(&step, &Namespaces::new())?;
+        let applied = Spent::now()?;
+        self.bed.cell.settle(&step, &outcome);
+        let settled = Spent::now()?;
+        sample.plan = planned.since(begin) + settled.since(applied);
+        sample.journal = written.since(planned);
+        sample.kernel = applied.since(written);
+        Ok(step)
+    }
+
+    fn others(&mut self, count: usize, rules: usize) -> Result<()> {
+        for number in 0..OTHER_LISTS {
+            let lists = usize::try_from(OTHER_LISTS)?;
+            let some = count / lists + usize::from(usize::try_from(number)? < count % lists);
+            let known = Arc::new(Known::from(profile(list(100 + number, rules, Ports::Usual))));
+            self.bed.add(&format!("other-{number}"), some, &known)?;
+        }
+        Ok(())
+    }
+}
+
+// === add ===
+
+struct Add {
+    rules: usize,
+    present: usize,
+    measured: Measured,
+    /// A list that nobody has, and one that somebody has; in JSON.
+    lists: [(&'static str, Vec<u8>); 2],
+    samples: [Rounds; 2],
+    bytes: [usize; 2],
+}
+
+/// One container's rules added and taken away again.
+pub(super) fn add(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
+    let mut all = Vec::new();
+    for rules in [10, 100, 1000] {
+        for present in [0, 200] {
+            all.push(Add::new(rules, present)?);
+        }
+    }
+    for round in 0..rounds {
+        progress(&format!("add: round {} of {rounds}", round + 1));
+        for add in in_turns(&mut all, round) {
+            interrupt::check()?;
+            add.round(repeat)?;
+        }
+    }
+    let row = |add: &Add, which: usize| {
+        add.samples[which].figures(add.rules, add.lists[which].0, add.present, add.bytes[which])
+    };
+    Ok([0, 1].into_iter().flat_map(|which| all.iter().map(move |add| row(add, which))).collect())
+}
+
+impl Add {
+    fn new(rules: usize, present: usize) -> Result<Self> {
+        let mut measured = Measured::new()?;
+        let (new, known) = (list(1, rules, Ports::Usual), list(2, rules, Ports::Usual));
+        let json = |rules: &[EgressRule]| garden(rules).to_string().into_bytes();
+        let lists = [("new", json(&new)), ("known", json(&known))];
+        measured.bed.add("holder", 1, &Arc::new(profile(known).into()))?;
+        measured.others(present, rules)?;
+        Ok(Self { rules, present, measured, lists, samples: Default::default(), bytes: [0; 2] })
+    }
+
+    fn round(&mut self, repeat: usize) -> Result<()> {
+        for which in 0..2 {
+            let mut samples = Vec::new();
+            for _ in 0..repeat {
+                let (sample, bytes) = self.once(which)?;
+                samples.push(sample);
+                self.bytes[which] = bytes;
+            }
+            self.samples[which].0.push(samples);
+        }
+        Ok(())
+    }
+
+    fn once(&mut self, which: usize) -> Result<(Sample, usize)> {
+        let mut sample = Sample::default();
+        let begin = Spent::now()?;
+        let parsed = parse(&self.lists[which].1).map_err(|why| anyhow::anyhow!("{why}"))?;
+        let decoded = Spent::now()?;
+        let known: Arc<Known> = Arc::new(profile(parsed.rules).into());
+        sample.decode = decoded.since(begin);
+        sample.known = Spent::now()?.since(decoded);
+        let wanted = wanted("added", "eth0", known)?;
+        let there = self.measured.change(&mut sample, |bed| {
+            bed.cell.add(wanted)?;
+            Ok(())
+        })?;
+        let name = handle("added")?;
+        let addr = self.measured.bed.cell.roster().get(&name).context("it was added")?.0.addr;
+        let gone = self.measured.change(&mut Sample::default(), |bed| {
+            bed.cell.drop(&name);
+            Ok(())
+        })?;
+        self.measured.bed.cell.forgotten(&[addr].into());
+        let [there, gone] = [&there, &gone].map(|step| transaction(&step.firewall));
+        sample.bare = self.measured.bare.send(&there)?;
+        self.measured.bare.send(&gone)?;
+        Ok((sample, there.bytes.len()))
+    }
+}
+
+// === change ===
+
+struct Change {
+    rules: usize,
+    ports: &'static str,
+    measured: Measured,
+    /// Which of them the group's users have changes with each sample: they differ in one rule.
+    lists: [Vec<EgressRule>; 2],
+    now: usize,
+    samples: Rounds,
+    bytes: usize,
+}
+
+/// One rule of a group that many use changed.
+pub(super) fn change(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
+    let mut all = Vec::new();
+    for (ports, of) in [("usual ports", Ports::Usual), ("own ports", Ports::Own)] {
+        for rules in [10, 100, 1000, 5000] {
+            all.push(Change::new(rules, ports, of)?);
+        }
+    }
+    for round in 0..rounds {
+        progress(&format!("change: round {} of {rounds}", round + 1));
+        for change in in_turns(&mut all, round) {
+            interrupt::check()?;
+            change.round(repeat)?;
+        }
+    }
+    Ok(all
+        .iter()
+        .map(|change| change.samples.figures(change.rules, change.ports, PRESENT, change.bytes))
+        .collect())
+}
+
+impl Change {
+    fn new(rules: usize, ports: &'static str, of: Ports) -> Result<Self> {
+        let mut measured = Measured::new()?;
+        let before = list(1, rules, of);
+        let mut after = before.clone();
+        let other = list(2, rules, of);
+        after[rules / 2] = other[rules / 2];
+        let lists = [before, after];
+        measured.bed.add("user", USERS, &Arc::new(profile(lists[0].clone()).into()))?;
+        measured.others(PRESENT - USERS, 100)?;
+        Ok(Self { rules, ports, measured, lists, now: 0, samples: Rounds::default(), bytes: 0 })
+    }
+
+    fn round(&mut self, repeat: usize) -> Result<()> {
+        let mut samples = Vec::new();
+        for _ in 0..repeat {
+            let mut there = [Sample::default(); 2];
+            let steps = [self.once(&mut there[0])?, self.once(&mut there[1])?];
+            let again: [Transaction<&Key>; 2] =
+                [&steps[0], &steps[1]].map(|step| transaction(&step.firewall));
+            for (sample, transaction) in there.iter_mut().zip(&again) {
+                sample.bare = self.measured.bare.send(transaction)?;
+            }
+            self.bytes = again[0].bytes.len();
+            samples.extend(there);
+        }
+        self.samples.0.push(samples);
+        Ok(())
+    }
+
+    fn once(&mut self, sample: &mut Sample) -> Result<Step> {
+        self.now = 1 - self.now;
+        let profile = profile(self.lists[self.now].clone());
+        let handles = (0..USERS).map(|n| handle(&format!("user-{n}"))).collect::<Result<Vec<_>>>()?;
+        let begin = Spent::now()?;
+        let known: Arc<Known> = Arc::new(profile.into());
+        sample.known = Spent::now()?.since(begin);
+        let step = self.measured.change(sample, |bed| {
+            handles.iter().try_for_each(|handle| bed.cell.assign(handle, Arc::clone(&known)))?;
+            Ok(())
+        })?;
+        ensure!(step.firewall.changes.len() > USERS, "nothing was changed");
+        Ok(step)
+    }
+}
+
+/// Forth in one round, back in the next.
+fn in_turns<T>(all: &mut [T], round: usize) -> Box<dyn Iterator<Item = &mut T> + '_> {
+    if round.is_multiple_of(2) { Box::new(all.iter_mut()) } else { Box::new(all.iter_mut().rev()) }
+}
