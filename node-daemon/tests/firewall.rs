@@ -8,12 +8,26 @@ mod space;
 mod attempt;
 #[path = "firewall/cast.rs"]
 mod cast;
+#[path = "firewall/flood.rs"]
+mod flood;
+#[path = "firewall/holes.rs"]
+mod holes;
+#[path = "firewall/ipv6.rs"]
+mod ipv6;
+#[path = "firewall/limits.rs"]
+mod limits;
+#[path = "firewall/many.rs"]
+mod many;
+#[path = "firewall/overlay.rs"]
+mod overlay;
 #[path = "firewall/packet.rs"]
 mod packet;
 #[path = "firewall/random.rs"]
 mod random;
 #[path = "firewall/rows.rs"]
 mod rows;
+#[path = "firewall/ruleset.rs"]
+mod ruleset;
 #[path = "firewall/table.rs"]
 mod table;
 #[path = "firewall/watch.rs"]

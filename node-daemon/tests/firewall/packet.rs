@@ -131,7 +131,7 @@ pub(crate) fn frame(from: HardwareAddr, to: HardwareAddr, packet: &Packet) -> Ve
 fn checksum(bytes: &[u8]) -> u16 {
     let words =
         bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |b| u32::from(*b)));
-    let sum = words.fold(0, |sum, word| sum + word);
+    let sum: u32 = words.sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !u16::try_from((folded & 0xffff) + (folded >> 16)).expect("folded")
 }

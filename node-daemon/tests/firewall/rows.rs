@@ -115,28 +115,13 @@ async fn an_operators_rule_in_the_input_chain_wins() {
         let mut cast = Cast::new(true).await;
         cast.rely_on(iptables).await;
         cast.world.site.space.run(&format!("{iptables} -I INPUT -p tcp --dport 8898 -j ACCEPT"));
-        let row = |port, expect| Row {
-            paragraph: "To the cell",
-            from: Who::App,
-            to: CELL,
-            probe: Probe::Tcp { port },
-            expect,
+        let (space, from) = cast.of(Who::App);
+        let attempt = |port| {
+            let (probe, server) = (Probe::Tcp { port }, &cast.world.site.space);
+            Attempt { space, from, to: CELL, probe, server, at: (CELL, port), patience: LONG }.make()
         };
-        let mut wrong = Vec::new();
-        for (port, expected) in
-            [(8898, Became::Arrived { seen: [10, 255, 30, 2].into() }), (8899, Became::Refused)]
-        {
-            let (space, from) = cast.of(Who::App);
-            let row = row(port, Expect::Refused);
-            let server = &cast.world.site.space;
-            let attempt =
-                Attempt { space, from, to: CELL, probe: row.probe, server, at: (CELL, port), patience: LONG };
-            let became = attempt.make();
-            if became != expected {
-                wrong.push(format!("{iptables} {port}: {became:?}"));
-            }
-        }
-        assert!(wrong.is_empty(), "{wrong:?}");
+        assert_eq!(attempt(8898), Became::Arrived { seen: from }, "{iptables}");
+        assert_eq!(attempt(8899), Became::Refused, "{iptables}");
     }
 }
 
