@@ -30,7 +30,7 @@ pub use app::app;
 pub use base::{Base, base};
 pub use limits::{Limit, Lines, limit, limits_of};
 pub use member::{is_leased, leased, member};
-pub use profile::{Layers, profile};
+pub use profile::{Layers, profile, refuses};
 
 /// The only table that is ours. Nothing else is touched.
 pub const TABLE: &str = "weft";

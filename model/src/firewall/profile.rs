@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use ipnetwork::Ipv4Network;
-use nf_tables::{Field, Key, Ranges, Rule, Set, Target};
+use nf_tables::{Field, Key, Name, Ranges, Rule, Set, Target};
 
 use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
 use super::layers::{Layer, Shape, layers};
@@ -49,6 +49,14 @@ pub(super) fn services_chain(digest: Digest) -> String {
 
 pub(super) fn translation_chain(digest: Digest) -> String {
     format!("translation-{digest}")
+}
+
+/// What the names of sets begin with that refuse what is in them.
+const DENY: &str = "deny-";
+
+/// Whether a set refuses what is in it, and does not let it through.
+pub fn refuses(set: &Name) -> bool {
+    set.as_str().starts_with(DENY)
 }
 
 pub(super) fn uninvited_chain(per_sec: u32) -> String {
@@ -159,7 +167,7 @@ impl This<'_> {
                 _ => apart.push((first, last)),
             }
         }
-        let set_name = format!("deny-{}", self.digest);
+        let set_name = format!("{DENY}{}", self.digest);
         let key = |addr: u32, protocol: u8| [&addr.to_be_bytes()[..], &[protocol, 0, 0, 0]].concat();
         let ends: Vec<_> = apart.iter().map(|(first, last)| (key(*first, 0), key(*last, 255))).collect();
         let key = Key::from([Field::Ipv4, Field::Protocol]);

@@ -77,9 +77,7 @@ async fn a_forged_source_does_not_pass() {
 async fn containers_of_two_cells_reach_each_other_at_full_mtu() {
     let (a, b) = (Space::new(), Space::new());
     a.run("ip link add eth0 type veth peer name eth1 && ip addr add 10.77.0.11/24 dev eth0 && ip link set eth0 up");
-    // By way of a process in the other namespace, since the descriptor has no name that `ip` could take.
-    let there = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&*b.0));
-    a.run(&format!("ip link set eth1 netns {there}"));
+    a.run(&format!("ip link set eth1 netns {}", b.path()));
     b.run("ip link set eth1 name eth0 && ip addr add 10.77.0.12/24 dev eth0 && ip link set eth0 up");
     for space in [&a, &b] {
         space.run("echo 0 > /proc/sys/net/ipv4/ip_forward");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nf_tables::batch::{Batch, Transaction};
 use nf_tables::{Chain, Data, Element, Name};
 use weft_model::cell::{Belief, Change, Key, Object};
-use weft_model::firewall::{Content, Filled, Part};
+use weft_model::firewall::{Content, Filled, Part, refuses};
 
 /// One change, with what it is about.
 struct Item<'a> {
@@ -47,7 +47,11 @@ pub(super) fn transaction<'a>(
     for (key, name, old) in items.iter().filter_map(Item::old_element) {
         batch.delete_elements(&key, name, &[old]);
     }
-    for (key, name, set) in items.iter().filter_map(Item::new_set) {
+    // The kernel shows packets sets of ranges one after the other, in this order, and a moment later than all else of the
+    // transaction (nft_set_commit_update in nf_tables_api.c): with those first that refuse, nothing passes in between.
+    let (refusing, allowing): (Vec<_>, Vec<_>) =
+        items.iter().filter_map(Item::new_set).partition(|(_, name, _)| refuses(name));
+    for (key, name, set) in refusing.into_iter().chain(allowing) {
         batch.add_ranges(&key, name, &set.ranges);
     }
     for (item, name, chain) in items.iter().filter_map(Item::laid_chain) {
@@ -123,5 +127,43 @@ impl<'a> Item<'a> {
             }
             _ => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use weft_model::cell::Wanted;
+    use weft_model::profile::Profile;
+    use weft_model::walk;
+
+    use super::*;
+
+    /// dataplane.md, "Whose rules".
+    #[test]
+    fn sets_that_refuse_are_filled_before_those_that_allow() {
+        let mut profile = Profile::clone(walk::wanted(1).profile.profile());
+        profile.settings.deny_networks.always = vec!["198.51.100.0/24".parse().unwrap()];
+        profile.settings.dns_servers = vec![[169, 254, 0, 2].into()];
+        let mut cell = walk::start(7);
+        cell.add(Wanted { profile: Arc::new(profile.into()), ..walk::wanted(1) }).unwrap();
+        let step = cell.diff();
+        let table = "weft".parse().unwrap();
+        let transaction = transaction(&table, 1, true, &step.firewall.changes);
+        // A set's first message makes it, its last one fills it.
+        let mut filled = std::collections::BTreeMap::new();
+        for sequence in transaction.first()..=transaction.last() {
+            if let Some(Key::Firewall(Part::Set(name))) = transaction.owner(sequence) {
+                filled.insert(name.clone(), sequence);
+            }
+        }
+        let of = |refusing: bool| {
+            let ranges =
+                |name: &Name| ["deny-", "offered-", "asg-"].iter().any(|p| name.as_str().starts_with(p));
+            let chosen = filled.iter().filter(move |(name, _)| ranges(name) && refuses(name) == refusing);
+            chosen.map(|(_, sequence)| *sequence).collect::<Vec<_>>()
+        };
+        assert!(of(true).iter().max().unwrap() < of(false).iter().min().unwrap(), "{filled:?}");
     }
 }
