@@ -203,7 +203,8 @@ struct Track {
 
 impl Track {
     fn new(subject: Subject, interval: Duration, published: bool) -> Self {
-        let published: VecDeque<_> = published.then_some(Published { number: 1, stamp: None }).into_iter().collect();
+        let published: VecDeque<_> =
+            published.then_some(Published { number: 1, stamp: None }).into_iter().collect();
         Self {
             subject,
             interval,
@@ -233,7 +234,7 @@ impl Track {
         if self.asked.is_some() || !(new || self.due <= now) {
             return None;
         }
-        let conditional = covers(&self.held) && now < self.resync;
+        let conditional = self.published.is_empty() && covers(&self.held) && now < self.resync;
         let unless = self.applied.as_ref().and_then(|applied| applied.stamp).filter(|_| conditional);
         self.asked = Some(Arc::clone(wanted));
         self.tried = Some(Arc::clone(wanted));
