@@ -208,7 +208,7 @@ impl Run {
         }
     }
 
-    async fn save(&self, subject: Subject) {
+    async fn save(&mut self, subject: Subject) {
         let directory = self.config.state_directory.clone();
         let Known { policies, groups, .. } = self.out.borrow().clone();
         let saved = spawn_blocking(move || match subject {
