@@ -98,8 +98,8 @@ fn an_outage_is_told_once_and_takes_nothing() {
     let mut script = Script::start(ONLY_POLICIES);
     script.on(Event::Wanted(ids(&["a"])));
     let failed = || Outcome::Failed("refused".into());
-    let lost = Act::Lost { subject: Subject::Policies, why: "refused".into() };
-    assert_eq!(script.answered(failed()), [lost.clone()]);
+    let lost = || Act::Lost { subject: Subject::Policies, why: "refused".into() };
+    assert_eq!(script.answered(failed()), [lost()]);
     assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [], "those wait like all");
     assert_eq!(script.due(3750), [ask(&["a"], None)]);
     assert_eq!(script.answered(failed()), []);
@@ -107,7 +107,7 @@ fn an_outage_is_told_once_and_takes_nothing() {
     let found = Act::Found(Subject::Policies);
     assert_eq!(script.answered(Outcome::New(None)), [found, publish(&["a", "b"], 1), SAVE]);
     script.due(3750);
-    assert_eq!(script.answered(failed()), [lost], "the next outage is another");
+    assert_eq!(script.answered(failed()), [lost()], "the next outage is another");
 }
 
 #[test]
