@@ -151,13 +151,13 @@ async fn each_kind_of_bad_answer_is_an_error_that_says_so() {
 #[tokio::test]
 async fn a_server_that_says_nothing_is_given_up() {
     let world = World::start(|_| Reply::Silence).await;
-    let client = Client::new(world.server(&world.files, Duration::from_millis(300)));
+    let client = Client::new(world.server(&world.files, Duration::from_secs(2)));
     let error = chain(&client.policies_last_updated().await.unwrap_err());
     assert!(error.contains("no answer within"), "{error}");
     // What was given up half-way is not used again.
     world.answer(|_| ok(1));
-    let client = Client::new(world.server(&world.files, Duration::from_secs(60)));
     assert_eq!(client.policies_last_updated().await.unwrap(), Stamp(1));
+    assert_eq!(world.connections(), 2);
 }
 
 #[tokio::test]
@@ -225,10 +225,10 @@ struct Following {
 }
 
 fn follow(world: &World, ids: Ids) -> Following {
-    let second = Duration::from_millis(100);
+    let often = Duration::from_millis(100);
     let config = Config {
         server: world.server(&world.files, Duration::from_secs(60)),
-        intervals: Intervals { policies: second, groups: Some(second) },
+        intervals: Intervals { policies: often, groups: Some(often) },
         state_directory: world.directory.path().to_owned(),
     };
     let (ids, wanted) = watch::channel(Arc::new(ids));
