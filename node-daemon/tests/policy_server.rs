@@ -238,6 +238,12 @@ fn follow(world: &World, ids: Ids) -> Following {
     Following { ids, known, applied, task }
 }
 
+/// Not a measure of speed: what never comes is to fail rather than hang.
+async fn until(known: &mut watch::Receiver<Known>, is: impl FnMut(&Known) -> bool) -> Known {
+    let seen = tokio::time::timeout(Duration::from_secs(60), known.wait_for(is)).await;
+    seen.expect("it comes about").unwrap().clone()
+}
+
 fn ids(names: &[&str]) -> Ids {
     Ids { apps: apps(names), spaces: spaces(names) }
 }
@@ -262,7 +268,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
     };
     let group = |known: &Known| Some(known.groups.as_ref()?.value.first()?.guid.clone());
     let first = |known: &Known| tag(known) == Some(1) && group(known).as_deref() == Some("0001");
-    let known = following.known.wait_for(first).await.unwrap().clone();
+    let known = until(&mut following.known, first).await;
     let number = |known: &Known| known.policies.as_ref().unwrap().number;
     assert_eq!((number(&known), known.policies.as_ref().unwrap().ids.apps.clone()), (1, apps(&["a"])));
 
@@ -281,14 +287,14 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
 
     // A change is fetched, and an app that is new is known to be asked about although nothing is new for it.
     stamp.store(2, Ordering::SeqCst);
-    following.known.wait_for(|known| tag(known) == Some(2)).await.unwrap();
+    until(&mut following.known, |known| tag(known) == Some(2)).await;
     following.ids.send_replace(Arc::new(ids(&["a", "z"])));
     let covered = |known: &Known| known.policies.as_ref().is_some_and(|told| told.ids.apps.len() == 2);
-    following.known.wait_for(covered).await.unwrap();
+    until(&mut following.known, covered).await;
 
     // An outage is said, and takes nothing.
     world.answer(|_| Reply::Text(500, r#"{"error": "database read failed"}"#.into()));
-    let away = following.known.wait_for(|known| known.lost.len() == 2).await.unwrap().clone();
+    let away = until(&mut following.known, |known| known.lost.len() == 2).await;
     assert_eq!(tag(&away), Some(2));
     assert!(away.lost[&Subject::Policies].contains("database read failed"), "{:?}", away.lost);
 
@@ -301,9 +307,9 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
     }
     fs::write(world.directory.path().join("security-groups.json"), "{").unwrap();
     let mut following = follow(&world, ids(&["a"]));
-    let away = following.known.wait_for(|known| known.lost.len() == 2).await.unwrap().clone();
+    let away = until(&mut following.known, |known| known.lost.len() == 2).await;
     assert_eq!((tag(&away), group(&away)), (Some(2), None));
 
     world.answer(answers);
-    following.known.wait_for(|known| known.lost.is_empty() && group(known).is_some()).await.unwrap();
+    until(&mut following.known, |known| known.lost.is_empty() && group(known).is_some()).await;
 }
