@@ -168,6 +168,16 @@ impl Loaded {
         Ok(Arc::new(config))
     }
 
+    /// For a client that shows our certificate, and speaks HTTP/1.1 if no more is agreed. TLS 1.2 and 1.3.
+    pub fn client_config(&self) -> Result<Arc<rustls::ClientConfig>, TlsError> {
+        let config = rustls::ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|why| TlsError::Setup { why: why.to_string() })?
+            .with_root_certificates(Arc::clone(&self.roots))
+            .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.own))));
+        Ok(Arc::new(config))
+    }
+
     pub fn pem(&self) -> &Pem {
         &self.pem
     }

@@ -207,3 +207,18 @@ fn the_server_takes_only_clients_with_a_certificate_of_its_authority() {
         assert!(distrusted.starts_with("client: invalid peer certificate"), "{distrusted}");
     }
 }
+
+#[test]
+fn the_client_knows_the_one_suite_that_older_servers_of_the_platform_speak() {
+    let dir = TempDir::new().unwrap();
+    let (_, files) = good(dir.path());
+    let config = files.load(now()).unwrap().client_config().unwrap();
+    let suites = &config.crypto_provider().cipher_suites;
+    assert!(
+        suites
+            .iter()
+            .any(|suite| suite.suite() == rustls::CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256)
+    );
+    assert!(config.alpn_protocols.is_empty(), "HTTP/1.1 is not agreed on but taken for granted");
+    assert!(config.client_auth_cert_resolver.has_certs());
+}

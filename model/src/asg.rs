@@ -1,6 +1,7 @@
 //! Security groups' rules as values: what a container may send to the world (NetOut).
 
 pub mod garden;
+pub mod group;
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -87,7 +88,7 @@ pub struct EgressRule {
 }
 
 /// A rule that cannot be what was meant. The others hold.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Skipped {
     /// Counted from 0, as passed.
     pub index: u32,

@@ -6,6 +6,7 @@
 //! ```text
 //!  values               address  subnet  lease  container  reason
 //!  who holds what       ledger (the controller's step)   keeper (the cell's side of it)   ipam (addresses in a cell)
+//!  what apps may do     policy  asg  profile   follow (when to ask the policy server for it)
 //!  what a cell holds    cell (wanted, believed, diff)  ── unit (what is planned together)  ── link (names and MACs)
 //! ```
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod asg;
 pub mod cell;
 pub mod container;
 pub mod firewall;
+pub mod follow;
 pub mod ipam;
 pub mod keeper;
 pub mod lease;

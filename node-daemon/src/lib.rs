@@ -20,6 +20,7 @@ pub mod kernel;
 pub mod lease_stream;
 pub mod metrics;
 pub mod overlay;
+pub mod policy_server;
 pub mod profiles;
 pub mod question;
 pub mod report;

@@ -1,0 +1,255 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+const INTERVALS: Intervals =
+    Intervals { policies: Duration::from_secs(5), groups: Some(Duration::from_secs(60)) };
+const ONLY_POLICIES: Intervals = Intervals { groups: None, ..INTERVALS };
+
+fn ids(names: &[&str]) -> Arc<Ids> {
+    let apps = names.iter().map(|name| name.parse().expect("an id")).collect();
+    Arc::new(Ids { apps, spaces: names.iter().map(ToString::to_string).collect() })
+}
+
+/// A machine at a time of its own.
+struct Script {
+    follow: Follow,
+    now: Duration,
+}
+
+impl Script {
+    fn start(intervals: Intervals) -> Self {
+        Self { follow: Follow::start(intervals, false, false), now: Duration::ZERO }
+    }
+
+    fn on(&mut self, event: Event) -> Vec<Act> {
+        self.follow.on(event, self.now, &mut |_| 0)
+    }
+
+    fn answered(&mut self, outcome: Outcome) -> Vec<Act> {
+        self.on(Event::Answered(Subject::Policies, outcome))
+    }
+
+    /// Goes to the deadline, which is so many milliseconds away.
+    fn due(&mut self, millis: u64) -> Vec<Act> {
+        let deadline = self.follow.next_deadline().expect("a deadline");
+        assert_eq!(deadline - self.now, Duration::from_millis(millis));
+        self.now = deadline;
+        self.on(Event::Due)
+    }
+}
+
+fn ask(names: &[&str], unless: Option<i64>) -> Act {
+    Act::Ask { subject: Subject::Policies, ids: ids(names), unless: unless.map(Stamp) }
+}
+
+fn publish(names: &[&str], number: u64) -> Act {
+    Act::Publish { subject: Subject::Policies, number, ids: ids(names) }
+}
+
+fn confirm(names: &[&str]) -> Act {
+    Act::Confirm { subject: Subject::Policies, ids: ids(names) }
+}
+
+const SAVE: Act = Act::Save(Subject::Policies);
+
+#[test]
+fn a_stamp_is_done_once_its_answer_is_applied() {
+    let mut script = Script::start(ONLY_POLICIES);
+    assert_eq!(script.follow.next_deadline(), None, "nothing is asked before the cell's apps are known");
+    assert_eq!(script.on(Event::Due), []);
+    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask(&["a"], None)]);
+    assert_eq!(script.follow.next_deadline(), None);
+    assert_eq!(script.answered(Outcome::New(Some(Stamp(7)))), [publish(&["a"], 1), SAVE]);
+    assert_eq!(script.due(3750), [ask(&["a"], None)], "it is not applied yet");
+    assert_eq!(script.answered(Outcome::Same(Some(Stamp(7)))), [confirm(&["a"])]);
+    assert_eq!(script.on(Event::Applied(Subject::Policies, 1)), []);
+    assert_eq!(script.due(3750), [ask(&["a"], Some(7))]);
+    assert_eq!(script.answered(Outcome::Unchanged), [confirm(&["a"])]);
+    assert_eq!(script.due(3750), [ask(&["a"], Some(7))]);
+    // Lower than before: only that it is another counts.
+    assert_eq!(script.answered(Outcome::New(Some(Stamp(3)))), [publish(&["a"], 2), SAVE]);
+    script.on(Event::Applied(Subject::Policies, 1));
+    assert_eq!(script.due(3750), [ask(&["a"], None)], "what was applied is the one before");
+    script.answered(Outcome::Failed("500".into()));
+    script.on(Event::Applied(Subject::Policies, 2));
+    assert_eq!(script.due(3750), [ask(&["a"], Some(3))]);
+}
+
+#[test]
+fn new_apps_are_asked_about_at_once_and_in_waves() {
+    let mut script = Script::start(ONLY_POLICIES);
+    script.on(Event::Wanted(ids(&["a"])));
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "b"]))), [], "one question at a time");
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "b", "c"]))), []);
+    let acts = script.answered(Outcome::New(Some(Stamp(1))));
+    assert_eq!(acts, [publish(&["a"], 1), SAVE, ask(&["a", "b", "c"], None)]);
+    script.answered(Outcome::New(Some(Stamp(1))));
+    script.on(Event::Applied(Subject::Policies, 2));
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "c"]))), [], "less is no reason to ask");
+    assert_eq!(script.due(3750), [ask(&["a", "c"], Some(1))], "and none to fetch");
+    assert_eq!(script.answered(Outcome::Unchanged), [confirm(&["a", "b", "c"])]);
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "d"]))), [ask(&["a", "d"], None)]);
+}
+
+#[test]
+fn an_outage_is_told_once_and_takes_nothing() {
+    let mut script = Script::start(ONLY_POLICIES);
+    script.on(Event::Wanted(ids(&["a"])));
+    let failed = || Outcome::Failed("refused".into());
+    let lost = || Act::Lost { subject: Subject::Policies, why: "refused".into() };
+    assert_eq!(script.answered(failed()), [lost()]);
+    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [], "those wait like all");
+    assert_eq!(script.due(3750), [ask(&["a"], None)]);
+    assert_eq!(script.answered(failed()), []);
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "b"]))), [ask(&["a", "b"], None)]);
+    let found = Act::Found(Subject::Policies);
+    assert_eq!(script.answered(Outcome::New(None)), [found, publish(&["a", "b"], 1), SAVE]);
+    script.due(3750);
+    assert_eq!(script.answered(failed()), [lost()], "the next outage is another");
+}
+
+#[test]
+fn a_long_interval_does_not_make_retries_slow() {
+    let mut script = Script::start(Intervals { policies: 60 * SECOND, groups: None });
+    script.on(Event::Wanted(ids(&["a"])));
+    for millis in [3750, 7500, 15_000, 30_000, 45_000, 45_000] {
+        script.answered(Outcome::Failed("refused".into()));
+        script.due(millis);
+    }
+}
+
+#[test]
+fn everything_is_fetched_now_and_then() {
+    let mut script = Script::start(ONLY_POLICIES);
+    script.on(Event::Wanted(ids(&["a"])));
+    script.answered(Outcome::New(Some(Stamp(1))));
+    script.on(Event::Applied(Subject::Policies, 1));
+    let mut polls = 0;
+    while script.due(3750) == [ask(&["a"], Some(1))] {
+        assert_eq!(script.answered(Outcome::Unchanged), [confirm(&["a"])]);
+        polls += 1;
+    }
+    assert_eq!((polls, script.now), (59, Duration::from_secs(225)));
+    assert_eq!(script.answered(Outcome::Same(Some(Stamp(1)))), [confirm(&["a"])]);
+    assert_eq!(script.due(3750), [ask(&["a"], Some(1))]);
+    // What is only confirmed is written down as seldom.
+    let mut saves = 0;
+    for _ in 0..60 {
+        saves += script.answered(Outcome::Unchanged).iter().filter(|act| **act == SAVE).count();
+        script.due(3750);
+    }
+    assert_eq!(saves, 1);
+}
+
+#[test]
+fn a_server_without_stamps_is_fetched_from_each_time() {
+    let mut script = Script::start(ONLY_POLICIES);
+    script.on(Event::Wanted(ids(&["a"])));
+    script.answered(Outcome::New(None));
+    script.on(Event::Applied(Subject::Policies, 1));
+    assert_eq!(script.due(3750), [ask(&["a"], None)]);
+    assert_eq!(script.answered(Outcome::Same(None)), [confirm(&["a"])]);
+}
+
+#[test]
+fn what_a_snapshot_had_is_published_already() {
+    let mut script = Script { follow: Follow::start(ONLY_POLICIES, true, false), now: Duration::ZERO };
+    script.on(Event::Applied(Subject::Policies, 1));
+    assert_eq!(script.follow.confirmed_at(Subject::Policies), None);
+    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask(&["a"], None)], "it has no stamp");
+    assert_eq!(script.answered(Outcome::Same(Some(Stamp(1)))), [confirm(&["a"]), SAVE]);
+    assert_eq!(script.due(3750), [ask(&["a"], Some(1))]);
+    assert_eq!(script.answered(Outcome::New(Some(Stamp(2)))), [publish(&["a"], 2), SAVE]);
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Wait(u64),
+    Want(BTreeSet<u8>),
+    Answer(bool, u8),
+    Apply(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0u64..20_000).prop_map(Step::Wait),
+        prop::collection::btree_set(0u8..6, 0..4).prop_map(Step::Want),
+        (any::<bool>(), 0u8..4).prop_map(|(groups, how)| Step::Answer(groups, how)),
+        (0u64..9).prop_map(Step::Apply),
+    ]
+}
+
+proptest! {
+    /// One question per subject at a time; no deadline beyond the interval; none asked about ids out of date; numbers
+    /// only rise; a question has a condition only if the last publication was applied and covers the ids.
+    #[test]
+    fn whatever_happens(steps in prop::collection::vec(step(), 0..80), chance: u32) {
+        let mut follow = Follow::start(INTERVALS, false, false);
+        let mut now = Duration::ZERO;
+        let mut wanted = None;
+        let mut asked: [Option<Arc<Ids>>; 2] = [None, None];
+        let mut published = [0, 0];
+        let mut applied = [0, 0];
+        for step in steps {
+            let event = match step {
+                Step::Wait(millis) => {
+                    now += Duration::from_millis(millis);
+                    Event::Due
+                }
+                Step::Want(apps) => {
+                    let names: Vec<String> = apps.iter().map(ToString::to_string).collect();
+                    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                    wanted = Some(ids(&names));
+                    Event::Wanted(ids(&names))
+                }
+                Step::Answer(groups, how) => {
+                    let subject = if groups { Subject::Groups } else { Subject::Policies };
+                    asked[usize::from(groups)] = None;
+                    let stamp = Some(Stamp(i64::from(how)));
+                    Event::Answered(subject, match how {
+                        0 => Outcome::Failed("away".into()),
+                        1 => Outcome::Unchanged,
+                        2 => Outcome::Same(stamp),
+                        _ => Outcome::New(stamp),
+                    })
+                }
+                Step::Apply(number) => {
+                    let number = number.min(published[0]);
+                    applied[0] = number.max(applied[0]);
+                    Event::Applied(Subject::Policies, number)
+                }
+            };
+            for act in follow.on(event, now, &mut |n| chance % n) {
+                match act {
+                    Act::Ask { subject, ids, unless } => {
+                        let at = usize::from(subject == Subject::Groups);
+                        prop_assert_eq!(asked[at].replace(Arc::clone(&ids)), None);
+                        prop_assert_eq!(Some(ids), wanted.clone());
+                        prop_assert!(unless.is_none() || applied[at] == published[at]);
+                    }
+                    Act::Publish { subject, number, .. } => {
+                        let at = usize::from(subject == Subject::Groups);
+                        prop_assert!(number > published[at]);
+                        published[at] = number;
+                    }
+                    _ => {}
+                }
+            }
+            if wanted.is_some() {
+                let free = asked.iter().any(Option::is_none);
+                let deadline = follow.next_deadline();
+                prop_assert_eq!(deadline.is_some(), free);
+                prop_assert!(deadline.is_none_or(|deadline| deadline <= now + 57 * SECOND));
+            }
+        }
+    }
+
+    #[test]
+    fn waits_lose_5_to_25_percent_and_never_gain(millis in 1000u64..600_000, chance: u32) {
+        let interval = Duration::from_millis(millis);
+        let wait = earlier(interval, &mut |n| chance % n);
+        prop_assert!(interval * 3 / 4 <= wait && wait <= interval * 19 / 20);
+    }
+}

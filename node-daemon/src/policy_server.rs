@@ -1,0 +1,293 @@
+//! Follows Cloud Foundry's policy server: app-to-app policies, and dynamic security groups.
+//!
+//! ```text
+//!  Ids of the cell ──▶ ┌───────┐ ──asks──▶ client ──▶ policy server (HTTP/1.1, mutual TLS)
+//!  numbers applied ──▶ │ run   │ ◀─answers─┘
+//!       deadlines ───▶ │       │ ──▶ Known      ──▶ snapshot on disk
+//!                      └───────┘ when to ask what: weft_model::follow
+//! ```
+//! Owns the connections to the server and the snapshot. Woken by a change of the cell's apps and spaces, by what was
+//! applied of what it published, by answers and by deadlines. Emits [`Known`]. Nothing known is ever given up for an
+//! outage: what it is worth is told by its age.
+
+mod answer;
+mod client;
+mod connection;
+mod question;
+pub mod snapshot;
+mod url;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tracing::{error, info, warn};
+use weft_model::asg::group::SecurityGroup;
+use weft_model::follow::{Act, Event, Follow, Ids, Intervals, Outcome, Subject};
+use weft_model::policy::Policies;
+
+pub use answer::Listed;
+pub use client::{AskError, Client, Groups, Parts, Server};
+pub use connection::Cause;
+use question::{Answer, Fetched, Value};
+use snapshot::Saved;
+pub use url::{NotAUrl, ServerUrl};
+
+use crate::cell::chain;
+
+/// For all requests of one question together.
+const QUESTION: Duration = Duration::from_secs(60);
+/// Of what was left out of an answer, so much is logged line by line.
+const LOGGED: usize = 20;
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub server: Server,
+    pub intervals: Intervals,
+    pub state_directory: PathBuf,
+}
+
+/// What the policy server said, or a snapshot of it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Known {
+    /// None: nothing is known yet, which is not the same as that there are no policies.
+    pub policies: Option<Told<Policies>>,
+    pub groups: Option<Told<[SecurityGroup]>>,
+    /// Why the server could not be asked of late.
+    pub lost: BTreeMap<Subject, String>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct Told<T: ?Sized> {
+    pub value: Arc<T>,
+    /// Whose: of others nothing is known.
+    pub ids: Arc<Ids>,
+    /// When the server last confirmed it. Moves without waking those who watch.
+    pub at: SystemTime,
+    /// What to report in [`Applied`].
+    pub number: u64,
+}
+
+impl<T: ?Sized> Clone for Told<T> {
+    fn clone(&self) -> Self {
+        let (value, ids) = (Arc::clone(&self.value), Arc::clone(&self.ids));
+        Self { value, ids, at: self.at, number: self.number }
+    }
+}
+
+/// The numbers of what is in the kernel by now; 0: nothing yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Applied {
+    pub policies: u64,
+    pub groups: u64,
+}
+
+/// Follows the server until no one tells it of the cell any more. The first ids are those that are there at the start.
+pub async fn run(
+    config: Config,
+    mut ids: watch::Receiver<Arc<Ids>>,
+    out: watch::Sender<Known>,
+    mut applied: watch::Receiver<Applied>,
+) {
+    let origin = Instant::now();
+    let groups = config.intervals.groups.is_some();
+    let known = Known {
+        policies: load::<Policies>(&config, Subject::Policies).await.map(told),
+        groups: match groups {
+            true => load::<Arc<[SecurityGroup]>>(&config, Subject::Groups).await.map(told_groups),
+            false => None,
+        },
+        lost: BTreeMap::new(),
+    };
+    let mut follow = Follow::start(config.intervals, known.policies.is_some(), known.groups.is_some());
+    out.send_replace(known);
+    let mut run = Run {
+        clients: [Subject::Policies, Subject::Groups].map(|_| Arc::new(Client::new(config.server.clone()))),
+        config,
+        out,
+        asks: FuturesUnordered::new(),
+        fresh: None,
+        left_out: BTreeMap::new(),
+    };
+    ids.mark_changed();
+    applied.mark_changed();
+    loop {
+        let events = tokio::select! {
+            changed = ids.changed() => match changed {
+                Ok(()) => vec![Event::Wanted(Arc::clone(&ids.borrow_and_update()))],
+                Err(_) => return,
+            },
+            changed = applied.changed() => match changed {
+                Ok(()) => {
+                    let Applied { policies, groups } = *applied.borrow_and_update();
+                    vec![Event::Applied(Subject::Policies, policies), Event::Applied(Subject::Groups, groups)]
+                }
+                Err(_) => return,
+            },
+            Some((subject, answer)) = run.asks.next() => vec![Event::Answered(subject, run.take(subject, answer))],
+            () = due(origin, follow.next_deadline()) => vec![Event::Due],
+        };
+        for event in events {
+            for act in follow.on(event, origin.elapsed(), &mut pick) {
+                run.act(act).await;
+            }
+        }
+    }
+}
+
+struct Run {
+    config: Config,
+    /// One for each subject, so that neither waits for the other.
+    clients: [Arc<Client>; 2],
+    out: watch::Sender<Known>,
+    asks: FuturesUnordered<BoxFuture<'static, (Subject, Result<Answer, String>)>>,
+    /// The answer that is being dealt with.
+    fresh: Option<Value>,
+    /// What was left out of the last answers, as logged.
+    left_out: BTreeMap<Subject, BTreeSet<String>>,
+}
+
+impl Run {
+    fn take(&mut self, subject: Subject, answer: Result<Answer, String>) -> Outcome {
+        match answer {
+            Err(why) => Outcome::Failed(why),
+            Ok(Answer::Unchanged) => Outcome::Unchanged,
+            Ok(Answer::Fetched(Fetched { value, stamp, left_out })) => {
+                self.log_left_out(subject, left_out);
+                if value.is_in(&self.out.borrow()) {
+                    return Outcome::Same(stamp);
+                }
+                self.fresh = Some(value);
+                Outcome::New(stamp)
+            }
+        }
+    }
+
+    async fn act(&mut self, act: Act) {
+        match act {
+            Act::Ask { subject, ids, unless } => {
+                let [policies, groups] = &self.clients;
+                let client = Arc::clone(if subject == Subject::Policies { policies } else { groups });
+                self.asks.push(Box::pin(async move {
+                    let answer =
+                        tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, unless));
+                    let answer = match answer.await {
+                        Ok(answer) => answer.map_err(|error| chain(&error)),
+                        Err(_) => Err(format!("no answer within {QUESTION:?}")),
+                    };
+                    (subject, answer)
+                }));
+            }
+            Act::Publish { number, ids, .. } => {
+                let (Some(value), at) = (self.fresh.take(), now()) else { return };
+                info!(number, what = %value, "the policy server's answer changed");
+                self.out.send_modify(|known| value.publish(known, number, ids, at));
+            }
+            Act::Confirm { subject, ids } => {
+                let at = now();
+                // Who waits to hear of an app is woken; that time has passed is no news.
+                self.out.send_if_modified(|known| match subject {
+                    Subject::Policies => known.policies.as_mut().is_some_and(|told| told.confirm(ids, at)),
+                    Subject::Groups => known.groups.as_mut().is_some_and(|told| told.confirm(ids, at)),
+                });
+            }
+            Act::Save(subject) => self.save(subject).await,
+            Act::Lost { subject, why } => {
+                warn!(?subject, why, "the policy server cannot be asked; what was known stays");
+                self.out.send_modify(|known| drop(known.lost.insert(subject, why)));
+            }
+            Act::Found(subject) => {
+                info!(?subject, "the policy server answers again");
+                self.out.send_modify(|known| drop(known.lost.remove(&subject)));
+            }
+        }
+    }
+
+    async fn save(&mut self, subject: Subject) {
+        let directory = self.config.state_directory.clone();
+        let Known { policies, groups, .. } = self.out.borrow().clone();
+        let saved = spawn_blocking(move || match subject {
+            Subject::Policies => policies
+                .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
+            Subject::Groups => groups
+                .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
+        });
+        if let Ok(Some(Err(error))) = saved.await {
+            error!(error = %chain(&error), "not saved; a restart would start from an older answer");
+        }
+    }
+
+    /// Each thing when it is left out first.
+    fn log_left_out(&mut self, subject: Subject, left_out: BTreeSet<String>) {
+        let before = self.left_out.entry(subject).or_default();
+        let new: Vec<&String> = left_out.difference(before).collect();
+        for why in new.iter().take(LOGGED) {
+            warn!(?subject, why, "left out of the policy server's answer; the rest holds");
+        }
+        if let Some(more) = new.len().checked_sub(LOGGED + 1) {
+            warn!(?subject, more = more + 1, "more is left out of the policy server's answer");
+        }
+        *before = left_out;
+    }
+}
+
+impl<T: ?Sized> Told<T> {
+    fn confirm(&mut self, ids: Arc<Ids>, at: SystemTime) -> bool {
+        self.at = at;
+        let others = self.ids != ids;
+        self.ids = ids;
+        others
+    }
+}
+
+fn told(saved: Saved<Policies>) -> Told<Policies> {
+    Told { at: saved.at(), ids: saved.ids, value: Arc::new(saved.value), number: 1 }
+}
+
+fn told_groups(saved: Saved<Arc<[SecurityGroup]>>) -> Told<[SecurityGroup]> {
+    Told { at: saved.at(), ids: saved.ids, value: saved.value, number: 1 }
+}
+
+/// One that cannot be read is as good as none: the server knows better anyway.
+async fn load<T: serde::de::DeserializeOwned + Send + 'static>(
+    config: &Config,
+    subject: Subject,
+) -> Option<Saved<T>> {
+    let directory = config.state_directory.clone();
+    let loaded = spawn_blocking(move || snapshot::load::<T>(&directory, subject)).await.ok()?;
+    match loaded {
+        Ok(saved) => {
+            if let Some(saved) = &saved {
+                let age = now().duration_since(saved.at()).unwrap_or_default();
+                info!(?subject, age_seconds = age.as_secs(), "started from what the policy server last said");
+            }
+            saved
+        }
+        Err(error) => {
+            warn!(error = %chain(&error), "started without it");
+            None
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the age of an answer outlives this process")]
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
+async fn due(origin: Instant, deadline: Option<Duration>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until((origin + deadline).into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Uniform in `0..n`, but for a bias of `n` in 2^32.
+fn pick(n: u32) -> u32 {
+    getrandom::u32().unwrap_or_default() % n.max(1)
+}
