@@ -324,6 +324,7 @@ fn security_groups_by_space_and_page() {
     assert_eq!(page("?space_guids=s2"), ("staging running two".to_owned(), 0));
     // What agents of today send is no limit.
     assert_eq!(page("?space_guids=s1,s2&per_page=1"), ("staging running one two".to_owned(), 0));
+    assert_eq!(page("?space_guids=s2&limit=1"), ("staging".to_owned(), 2));
     assert_eq!(page("?space_guids=s2&limit=2"), ("staging running".to_owned(), 4));
     assert_eq!(page("?space_guids=s2&limit=2&from=4"), ("two".to_owned(), 0));
     assert_eq!(page("?space_guids=s2&limit=3"), ("staging running two".to_owned(), 0));
