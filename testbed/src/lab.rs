@@ -3,7 +3,7 @@
 //! with the value. docs/lab.md is its manual.
 //!
 //! ```text
-//!  underlay namespace:  bridge 10.0.0.1/16 ── (Postgres listens here)
+//!  underlay namespace:  bridge 10.0.0.1/16 (Postgres), 10.0.0.2 (policy server)
 //!      │eth0 10.0.1.1         │eth0 10.0.2.1        │eth0 10.0.2.2
 //!   controller1             cell1 (own mounts)    cell2 (own mounts)
 //! ```
@@ -24,6 +24,7 @@ use serde_json::{Map, Value};
 
 use crate::netns::Place;
 use crate::pki::IdentityFiles;
+use crate::policy_server::PolicyServer;
 use crate::postgres::Postgres;
 use crate::process::Daemon;
 
@@ -57,6 +58,8 @@ pub struct Options {
     pub store: Store,
     /// The directory of `weft-controller`, `weft-node`, `weft-cni` and `lab`.
     pub programs: PathBuf,
+    /// Run a policy server, within this process and as long as the value, on 10.0.0.2.
+    pub policy_server: bool,
     /// Say on standard error what is being done.
     pub progress: bool,
     /// Properties that replace or complete those of every controller.
@@ -76,6 +79,7 @@ impl Options {
             controllers: 1,
             store: Store::Sqlite,
             programs: programs()?,
+            policy_server: false,
             progress: false,
             controller: Map::new(),
             node: Map::new(),
@@ -112,6 +116,8 @@ pub struct Lab {
     pub underlay: Place,
     /// The controllers' store, if that is what was asked for; none in a lab that was only opened.
     pub postgres: Option<Postgres>,
+    /// If that is what was asked for; none in a lab that was only opened.
+    pub policy_server: Option<PolicyServer>,
     pub directory: PathBuf,
     /// The right to remove it; none in a value that was only opened.
     claim: Option<Claim>,
@@ -188,6 +194,7 @@ impl Lab {
 
     /// Ends and removes everything.
     pub fn down(mut self) -> Result<()> {
+        self.policy_server = None;
         match self.claim.take() {
             Some(claim) => claim.remove(),
             None => Self::remove(&self.name).map(drop),
@@ -279,6 +286,7 @@ impl Lab {
             cells: cells.collect(),
             underlay: place("underlay"),
             postgres: None,
+            policy_server: None,
             claim: None,
             directory,
         }
@@ -287,6 +295,8 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        // Its socket would keep the namespace.
+        self.policy_server = None;
         if let Some(claim) = self.claim.take()
             && let Err(error) = claim.remove()
         {

@@ -8,6 +8,7 @@ pub mod interrupt;
 pub mod lab;
 pub mod netns;
 pub mod pki;
+pub mod policy_server;
 pub mod postgres;
 pub mod prober;
 pub mod process;

@@ -12,6 +12,8 @@ use rcgen::{
     KeyUsagePurpose, SanType, date_time_ymd,
 };
 
+use crate::policy_server;
+
 /// The name in a controller's certificate.
 pub const CONTROLLER_NAME: &str = "weft-controller";
 /// The name in a cell's certificate.
@@ -66,6 +68,11 @@ impl Authority {
     /// For `weft-node`.
     pub fn node(&self) -> Result<Identity> {
         self.issue(params(NODE_NAME, None)?)
+    }
+
+    /// For a policy server, reached by its name or at `address`.
+    pub fn policy_server(&self, address: IpAddr) -> Result<Identity> {
+        self.issue(params(policy_server::NAME, Some(address))?)
     }
 
     /// For any name.

@@ -1,7 +1,7 @@
 //! How a lab is made, step by step: namespaces and underlay, files, store, controllers, nodes.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,9 +12,12 @@ use super::{Cell, Controller, Lab, Options, Saved, Store, UNDERLAY_MTU, namespac
 use crate::interrupt;
 use crate::netns::Place;
 use crate::pki::{self, Authority};
+use crate::policy_server::{self, PolicyServer};
 use crate::postgres::Postgres;
 
 const BRIDGE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+/// A second address of the bridge.
+const POLICY_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 /// How long a program may take until it is ready; an initdb on a busy machine is the longest.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -32,6 +35,12 @@ impl Lab {
             say("a scratch Postgres");
             let directory = self.directory.join("postgres");
             self.postgres = Some(Postgres::make(&self.underlay, &directory, BRIDGE.into(), 5432)?);
+        }
+        if options.policy_server {
+            say("a policy server");
+            let address = SocketAddrV4::new(POLICY_SERVER, policy_server::PORT);
+            let files = policy_server::Files::at(&self.directory.join("pki"));
+            self.policy_server = Some(PolicyServer::make(&self.underlay, address, files)?);
         }
         let database = self.postgres.as_ref().map(|postgres| postgres.database("weft")).transpose()?;
         say(&format!("{} controller(s), {} cell(s)", self.controllers.len(), self.cells.len()));
@@ -69,7 +78,7 @@ impl Lab {
             Place::create(namespace(&self.directory, name, "net"), mounts)
         };
         create("underlay", false)?.ip(&format!(
-            "link add bridge type bridge\naddr add {BRIDGE}/16 dev bridge\nlink set bridge up\n"
+            "link add bridge type bridge\naddr add {BRIDGE}/16 dev bridge\naddr add {POLICY_SERVER}/16 dev bridge\nlink set bridge up\n"
         ))?;
         for controller in &self.controllers {
             let place = create(&controller.name, false)?;
@@ -102,6 +111,7 @@ impl Lab {
         let authority = Authority::new(&format!("lab {}", self.name))?;
         authority.write(&pki.join("ca.pem"))?;
         authority.node()?.write(&pki, "client")?;
+        authority.policy_server(POLICY_SERVER.into())?.write(&pki, "policy-server")?;
         for controller in &self.controllers {
             make(controller.directory.join("state"))?;
             let identity = authority.controller((*controller.address.ip()).into())?;
