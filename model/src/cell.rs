@@ -10,6 +10,7 @@
 //! container's ADD costs what it changes.
 
 mod audit;
+mod groups;
 pub mod roster;
 pub mod step;
 pub mod unit;
@@ -32,6 +33,7 @@ use crate::lease::{Lease, Peers};
 use crate::policy::{AppGuid, Policies};
 use crate::profile::Known;
 use crate::reason::Reason;
+use groups::Groups;
 use unit::{plan_unit, units};
 
 /// A container as it is asked for; the cell gives it an address.
@@ -65,6 +67,7 @@ pub struct Cell {
     touched: BTreeSet<Key>,
     /// Links of containers added since the last step: absent, but not lost.
     unborn: BTreeSet<OverlayAddr>,
+    groups: Option<Groups>,
     records: Vec<Record>,
 }
 
@@ -89,6 +92,7 @@ impl Cell {
             believed: BTreeMap::new(),
             touched: BTreeSet::new(),
             unborn: BTreeSet::new(),
+            groups: None,
             records: Vec::new(),
         };
         cell.replan(Unit::Base);
@@ -237,10 +241,12 @@ impl Cell {
             owner: wanted.owner,
             ports: wanted.ports,
             profile: Some(profile),
+            passed: Some(profile),
         });
         self.record(Record::Present(Arc::clone(&container)));
         self.unborn.insert(addr);
         self.replan(Unit::Container(container.handle.clone()));
+        self.follow_groups(&container);
         Ok(container)
     }
 
@@ -325,28 +331,33 @@ impl Cell {
 
     fn record(&mut self, record: Record) {
         let roster = &self.inputs.roster;
-        let profile = match &record {
-            Record::Profile(known) => Some(known.digest()),
-            Record::Assigned(handle, _) => roster.get(handle).and_then(|(container, _)| container.profile),
-            Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.profile),
-            Record::Present(_) | Record::Leaving(_) | Record::Free(_) => None,
+        let of =
+            |found: Option<(&Arc<Container>, Presence)>| found.and_then(|(container, _)| container.profile);
+        let concerned = match &record {
+            Record::Present(container) => [container.profile, None],
+            Record::Assigned(handle, digest) => [of(roster.get(handle)), Some(*digest)],
+            Record::Resting(addr) => [of(roster.with_addr(*addr)), None],
+            Record::Profile(_) | Record::Leaving(_) | Record::Free(_) => [None, None],
         };
         let app = match &record {
             Record::Present(container) => container.owner.app(),
             Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.owner.app()),
             Record::Profile(_) | Record::Assigned(..) | Record::Leaving(_) | Record::Free(_) => None,
         };
-        let before = profile.and_then(|digest| roster.profile(digest)).cloned();
+        let in_force = |roster: &Roster| concerned.map(|digest| roster.in_force(digest?).cloned());
+        let before = in_force(roster);
         self.inputs.roster.apply(&record);
         if let Some(guid) = app.filter(|guid| self.inputs.policies.contains_key(guid)) {
             self.replan(Unit::App(guid));
         }
         self.records.push(record);
-        let after = profile.and_then(|digest| self.inputs.roster.profile(digest)).cloned();
-        if let (Some(known), None) | (None, Some(known)) = (before, after) {
-            self.replan(Unit::Profile(known.digest()));
-            for limit in limits_of(known.profile()) {
-                self.replan(Unit::Limit(limit));
+        let after = in_force(&self.inputs.roster);
+        for change in before.into_iter().zip(after) {
+            if let (Some(known), None) | (None, Some(known)) = change {
+                self.replan(Unit::Profile(known.digest()));
+                for limit in limits_of(known.profile()) {
+                    self.replan(Unit::Limit(limit));
+                }
             }
         }
     }
@@ -380,6 +391,11 @@ impl Cell {
     /// Whether a touched key waits for the next step: something failed, or is not known yet.
     pub fn unsettled(&self) -> bool {
         !self.touched.is_empty()
+    }
+
+    /// Whether a part of the firewall waits for the next step.
+    pub fn unsettled_firewall(&self) -> bool {
+        self.touched.iter().any(Key::is_firewall)
     }
 
     pub fn wanted(&self) -> &BTreeMap<Key, Object> {

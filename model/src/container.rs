@@ -119,4 +119,7 @@ pub struct Container {
     /// The [`Profile`](crate::profile::Profile) that counts for it; none: nothing is known of what it may do.
     #[serde(default)]
     pub profile: Option<Digest>,
+    /// The one that the platform passed: it counts while nothing is known of the container's space.
+    #[serde(default)]
+    pub passed: Option<Digest>,
 }

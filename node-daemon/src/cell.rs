@@ -19,9 +19,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, info, warn};
 use weft_model::address::{DeviceName, OverlayAddr};
-use weft_model::cell::{Cell, Dropped, Fault, Key, Outcome, Scope, Step};
-use weft_model::container::Container;
+use weft_model::cell::{Cell, Dropped, Fault, Key, Outcome, Roster, Scope, Step};
+use weft_model::container::{Container, Owner};
 use weft_model::firewall::Guard;
+use weft_model::follow::Ids;
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 
@@ -32,6 +33,7 @@ use crate::kernel::events::Event;
 use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
+use crate::policy_server::{self, Applied};
 use crate::report::status;
 use call::lay_inside;
 
@@ -56,6 +58,8 @@ pub struct Task<K> {
     pub underlay: Underlay,
     /// Who rejects what containers send to the cell.
     pub guard: watch::Receiver<Guard>,
+    /// What the policy server says; none: there is no server, and no policy.
+    pub policies: Option<Policies>,
     /// Who is who, for the traffic log; none: there is none.
     pub directory: Option<watch::Sender<Arc<Directory>>>,
     pub metrics: Arc<Metrics>,
@@ -69,6 +73,18 @@ pub struct Underlay {
     /// Devices on which containers reach the world; none: those that have `addresses`.
     pub ways: BTreeSet<DeviceName>,
     pub addresses: Vec<Ipv4Addr>,
+}
+
+/// The cell's ends of the channels to who follows the policy server.
+#[derive(Debug)]
+pub struct Policies {
+    pub known: watch::Receiver<policy_server::Known>,
+    /// Whose policies and groups are wanted.
+    pub ids: watch::Sender<Arc<Ids>>,
+    /// What is in the kernel by now.
+    pub applied: watch::Sender<Applied>,
+    /// Whether security groups come from the server (`enable_asg_syncing`).
+    pub groups: bool,
 }
 
 /// A call that has its effect in this wave.
@@ -115,6 +131,7 @@ impl<K: Kernel> Task<K> {
         };
         running.follow_leases();
         running.follow_guard();
+        running.follow_policies();
         for scope in Scope::ALL {
             let seen = running.task.kernel.see(scope).await?;
             for drift in running.task.cell.audit(scope, seen) {
@@ -168,6 +185,11 @@ impl<K: Kernel> Started<K> {
                     running.follow_guard();
                     running.wave(Vec::new()).await;
                 }
+                () = said(&mut running.task.policies) => {
+                    running.follow_policies();
+                    running.wave(Vec::new()).await;
+                    running.policies_applied();
+                }
                 Some(()) = touched.next() => {
                     // All that is said at once is one change.
                     while touched.next().now_or_never().flatten().is_some() {}
@@ -206,6 +228,34 @@ impl<K: Kernel> Running<K> {
         }
     }
 
+    fn follow_policies(&mut self) {
+        let Some(policies) = &mut self.task.policies else { return };
+        let known = policies.known.borrow_and_update().clone();
+        if let Some(told) = &known.policies {
+            self.task.cell.policies((*told.value).clone());
+        }
+        if let Some(told) = known.groups.filter(|_| policies.groups) {
+            let covered = (Arc::clone(&told.value), told.ids.spaces.clone());
+            for handle in self.task.cell.groups(Some(covered)) {
+                error!(%handle, "security groups are too many rules for one container; it keeps those it has");
+            }
+        }
+    }
+
+    /// Says which answers are in the kernel, if nothing of them was refused.
+    fn policies_applied(&self) {
+        let Some(policies) = self.task.policies.as_ref().filter(|_| !self.task.cell.unsettled_firewall())
+        else {
+            return;
+        };
+        let known = policies.known.borrow();
+        let number = |told: Option<u64>| told.unwrap_or_default();
+        policies.applied.send_replace(Applied {
+            policies: number(known.policies.as_ref().map(|told| told.number)),
+            groups: number(known.groups.as_ref().map(|told| told.number)),
+        });
+    }
+
     fn follow_guard(&mut self) {
         let guard = *self.task.guard.borrow_and_update();
         self.task.cell.guard(guard);
@@ -238,9 +288,20 @@ impl<K: Kernel> Running<K> {
             self.answer(asked, &failed);
         }
         self.forget_resting();
-        if let Some(directory) = self.task.directory.as_ref().filter(|_| self.roster_changed) {
-            directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
-            self.roster_changed = false;
+        if std::mem::take(&mut self.roster_changed) {
+            if let Some(directory) = &self.task.directory {
+                directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
+            }
+            if let Some(policies) = &self.task.policies {
+                let now = ids(self.task.cell.roster());
+                policies.ids.send_if_modified(|ids| {
+                    let differs = **ids != now;
+                    if differs {
+                        *ids = Arc::new(now);
+                    }
+                    differs
+                });
+            }
         }
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
     }
@@ -409,6 +470,24 @@ impl<K: Kernel> Running<K> {
             };
             inbox.tell(told).await;
         });
+    }
+}
+
+/// Waits until the policy server has said something new; forever where there is none.
+async fn said(policies: &mut Option<Policies>) {
+    let Some(policies) = policies else { return std::future::pending().await };
+    if policies.known.changed().await.is_err() {
+        // Who follows the server has ended, and says nothing any more.
+        std::future::pending().await
+    }
+}
+
+/// Whose policies and security groups the cell wants to know.
+fn ids(roster: &Roster) -> Ids {
+    let owners = || roster.iter().map(|(container, _)| &container.owner);
+    Ids {
+        apps: owners().filter_map(Owner::app).collect(),
+        spaces: owners().map(|owner| owner.space_id.clone()).filter(|space| !space.is_empty()).collect(),
     }
 }
 

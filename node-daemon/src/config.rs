@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Deserializer, de};
@@ -11,14 +12,16 @@ use weft_daemon::log::Format;
 use weft_daemon::tls::Files;
 use weft_model::address::{DeviceName, UnderlayAddr};
 use weft_model::cell::CellConfig;
+use weft_model::follow::Intervals;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
 
 use crate::cell::Underlay;
 use crate::flow_log::{self, Host, Timestamps};
 use crate::guard;
+use crate::policy_server::{self, Server, ServerUrl};
 
 /// One JSON object; every field but the first group has a default. docs/operating.md describes them for people.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// This machine's name in the controller's table: the BOSH instance's GUID.
@@ -83,6 +86,24 @@ pub struct Config {
     /// Where iptables is, if it is not to be looked for: Garden's own.
     #[serde(default)]
     pub iptables_directory: Option<PathBuf>,
+    /// `https://host:port` of the internal policy server; none: no policies, and security groups as Garden passes them.
+    #[serde(default)]
+    pub policy_server: Option<ServerUrl>,
+    /// PEM: the authority of its certificate, and the certificate and key that are shown to it. Needed with
+    /// `policy_server`.
+    #[serde(default)]
+    pub policy_server_ca_file: PathBuf,
+    #[serde(default)]
+    pub policy_server_certificate_file: PathBuf,
+    #[serde(default)]
+    pub policy_server_key_file: PathBuf,
+    #[serde(default = "default::policy_poll_interval")]
+    pub policy_poll_interval_seconds: f64,
+    #[serde(default = "default::asg_poll_interval")]
+    pub asg_poll_interval_seconds: f64,
+    /// Security groups come from the policy server, and change while containers run.
+    #[serde(default = "default::enabled")]
+    pub enable_asg_syncing: bool,
     /// Health and metrics, plain HTTP on loopback.
     #[serde(default = "default::health_address")]
     pub health_address: SocketAddr,
@@ -91,6 +112,9 @@ pub struct Config {
     #[serde(default)]
     pub log_format: Format,
 }
+
+/// What silk's agent waits for an answer.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
 mod default {
     use super::{DeviceName, OverlayNetwork, PathBuf, SocketAddr};
@@ -127,6 +151,18 @@ mod default {
         2312
     }
 
+    pub(super) fn policy_poll_interval() -> f64 {
+        5.0
+    }
+
+    pub(super) fn asg_poll_interval() -> f64 {
+        60.0
+    }
+
+    pub(super) fn enabled() -> bool {
+        true
+    }
+
     pub(super) fn health_address() -> SocketAddr {
         ([127, 0, 0, 1], 23954).into()
     }
@@ -137,10 +173,14 @@ mod default {
 }
 
 /// What the file's fields say together and this version cannot do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Refused {
     #[error("underlay_ip: {0} lies within overlay_network {1}; the two must be apart")]
     UnderlayInOverlay(UnderlayAddr, OverlayNetwork),
+    #[error("{0}: must be given with policy_server")]
+    PolicyServerFile(&'static str),
+    #[error("{0}: {1} is not a number of seconds from 0.1 to 86,400")]
+    Interval(&'static str, f64),
 }
 
 impl Config {
@@ -148,7 +188,43 @@ impl Config {
         if Ipv4Network::from(self.overlay_network).contains(self.underlay_ip.get()) {
             return Err(Refused::UnderlayInOverlay(self.underlay_ip, self.overlay_network));
         }
+        let files = [
+            ("policy_server_ca_file", &self.policy_server_ca_file),
+            ("policy_server_certificate_file", &self.policy_server_certificate_file),
+            ("policy_server_key_file", &self.policy_server_key_file),
+        ];
+        for (field, file) in files {
+            if self.policy_server.is_some() && file.as_os_str().is_empty() {
+                return Err(Refused::PolicyServerFile(field));
+            }
+        }
+        for (field, seconds) in [
+            ("policy_poll_interval_seconds", self.policy_poll_interval_seconds),
+            ("asg_poll_interval_seconds", self.asg_poll_interval_seconds),
+        ] {
+            if !(0.1..=86_400.0).contains(&seconds) {
+                return Err(Refused::Interval(field, seconds));
+            }
+        }
         Ok(())
+    }
+
+    /// None: there is no policy server.
+    pub fn policy_server(&self) -> Option<policy_server::Config> {
+        let certificates = Files {
+            ca: self.policy_server_ca_file.clone(),
+            certificate: self.policy_server_certificate_file.clone(),
+            key: self.policy_server_key_file.clone(),
+        };
+        let groups = Duration::from_secs_f64(self.asg_poll_interval_seconds);
+        Some(policy_server::Config {
+            server: Server { url: self.policy_server.clone()?, certificates, answers_within: ANSWERS_WITHIN },
+            intervals: Intervals {
+                policies: Duration::from_secs_f64(self.policy_poll_interval_seconds),
+                groups: self.enable_asg_syncing.then_some(groups),
+            },
+            state_directory: self.state_directory.clone(),
+        })
     }
 
     pub fn certificates(&self) -> Files {
@@ -256,6 +332,9 @@ mod tests {
             ("vtep_port", json!(70000)),
             ("disable_container_network_policy", json!("no")),
             ("underlay_ips", json!(["fe80::1"])),
+            ("policy_server", json!("http://policy-server:4003")),
+            ("policy_poll_interval_seconds", json!(0)),
+            ("asg_poll_interval_seconds", json!(1e9)),
             ("cell_id", json!("")),
             ("no_such_field", json!(1)),
         ] {

@@ -148,6 +148,7 @@ mod tests {
             owner: Owner { app_id: "app".into(), ..Owner::default() },
             ports: Vec::new(),
             profile: None,
+            passed: None,
         }))
     }
 

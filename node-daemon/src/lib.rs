@@ -3,7 +3,8 @@
 //! ```text
 //!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links, nf_tables)
 //!              profiles            ▲ │ └──▶ journal        health, metrics
-//!  controllers ◀──▶ lease_stream ──┘ │ └◀── kernel::events, kernel::ruleset_events
+//!  controllers ◀──▶ lease_stream ──┤ │ └◀── kernel::events, kernel::ruleset_events
+//!  policy server ◀──▶ policy_server┤ │
 //!  iptables ◀──▶ guard ──────────────┘ └──▶ flow_log ◀── kernel::nflog
 //! ```
 //! One task per module; each module's first lines say what it owns, what wakes it and what it emits.

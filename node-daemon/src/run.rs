@@ -19,7 +19,7 @@ use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
-use crate::cell::{Task, chain};
+use crate::cell::{Policies, Task, chain};
 use crate::config::Config;
 use crate::flow_log::{self, Directory, FlowLog};
 use crate::guard;
@@ -29,6 +29,7 @@ use crate::kernel::{Counted, Kernel, Netlink, events, nflog, ruleset_events};
 use crate::lease_stream::{Controllers, LeaseStream};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
+use crate::policy_server;
 use crate::snapshot;
 
 /// How long a daemon waits for the one before it to end.
@@ -87,6 +88,14 @@ pub async fn run(config: Config) -> Result<()> {
         Some(settings) => Some(traffic_log(settings, config.traffic_log_group, &mut registry).await?),
         None => None,
     };
+    let policies = config.policy_server().map(|server| {
+        let groups = server.intervals.groups.is_some();
+        let (out, known) = watch::channel(policy_server::Known::default());
+        let (ids, wanted) = watch::channel(Arc::default());
+        let (applied, done) = watch::channel(policy_server::Applied::default());
+        tokio::spawn(policy_server::run(server, wanted, out, done));
+        Policies { known, ids, applied, groups }
+    });
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
@@ -101,6 +110,7 @@ pub async fn run(config: Config) -> Result<()> {
         overlay: leases.clone(),
         underlay: config.underlay(),
         guard,
+        policies,
         directory,
         metrics,
     };

@@ -155,6 +155,7 @@ impl World {
             overlay: leases,
             underlay: Underlay { addresses: vec![walk::underlay(100).get()], ..Underlay::default() },
             guard: guarded,
+            policies: None,
             directory: None,
             metrics,
         };

@@ -84,6 +84,7 @@ impl Cell {
                     owner: Owner::default(),
                     ports: Vec::new(),
                     profile: None,
+                    passed: None,
                 };
                 self.record(Record::Present(Arc::new(container)));
                 self.replan(Unit::Container(link.handle.clone()));

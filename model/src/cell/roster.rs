@@ -51,11 +51,18 @@ pub struct Roster {
     /// Freed since the journal began, oldest first: the tail of the queue of free addresses.
     freed: Vec<OverlayAddr>,
     ipam: Ipam,
-    /// With the number of containers that have it.
-    profiles: BTreeMap<Digest, (Arc<Known>, usize)>,
+    profiles: BTreeMap<Digest, Kept>,
     by_app: BTreeMap<AppGuid, BTreeSet<Handle>>,
     /// Who has a port of the cell.
     ports: BTreeMap<NonZeroU16, Handle>,
+}
+
+/// A profile, with the number of containers for which it counts, and of those with which it was passed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Kept {
+    known: Arc<Known>,
+    in_force: usize,
+    passed: usize,
 }
 
 impl Roster {
@@ -63,12 +70,16 @@ impl Roster {
     pub fn apply(&mut self, record: &Record) {
         match record {
             Record::Profile(known) => {
-                self.profiles.entry(known.digest()).or_insert_with(|| (Arc::clone(known), 0));
+                let kept = || Kept { known: Arc::clone(known), in_force: 0, passed: 0 };
+                self.profiles.entry(known.digest()).or_insert_with(kept);
             }
             Record::Present(container) => {
                 if !self.containers.contains_key(&container.handle) && self.ipam.take(container.addr) {
-                    if let Some((_, users)) = container.profile.and_then(|d| self.profiles.get_mut(&d)) {
-                        *users += 1;
+                    if let Some(kept) = container.profile.and_then(|digest| self.profiles.get_mut(&digest)) {
+                        kept.in_force += 1;
+                    }
+                    if let Some(kept) = container.passed.and_then(|digest| self.profiles.get_mut(&digest)) {
+                        kept.passed += 1;
                     }
                     if let Some(guid) = container.owner.app() {
                         self.by_app.entry(guid).or_default().insert(container.handle.clone());
@@ -83,11 +94,11 @@ impl Roster {
             }
             Record::Assigned(handle, digest) => {
                 if let Some((container, _)) = self.containers.get_mut(handle)
-                    && let Some((_, users)) = self.profiles.get_mut(digest)
+                    && let Some(kept) = self.profiles.get_mut(digest)
                 {
-                    *users += 1;
+                    kept.in_force += 1;
                     let before = Arc::make_mut(container).profile.replace(*digest);
-                    self.leave_profile(before);
+                    self.let_go(before, |kept| &mut kept.in_force);
                 }
             }
             Record::Leaving(handle) => {
@@ -108,7 +119,8 @@ impl Roster {
                             self.by_app.remove(&guid);
                         }
                     }
-                    self.leave_profile(container.profile);
+                    self.let_go(container.profile, |kept| &mut kept.in_force);
+                    self.let_go(container.passed, |kept| &mut kept.passed);
                 }
                 self.ipam.take(*addr);
                 self.resting.insert(*addr);
@@ -125,22 +137,29 @@ impl Roster {
         }
     }
 
-    fn leave_profile(&mut self, digest: Option<Digest>) {
+    fn let_go(&mut self, digest: Option<Digest>, count: impl FnOnce(&mut Kept) -> &mut usize) {
         let Some(digest) = digest else { return };
-        if let Some((_, users)) = self.profiles.get_mut(&digest) {
-            *users = users.saturating_sub(1);
-            if *users == 0 {
+        if let Some(kept) = self.profiles.get_mut(&digest) {
+            let count = count(kept);
+            *count = count.saturating_sub(1);
+            if (kept.in_force, kept.passed) == (0, 0) {
                 self.profiles.remove(&digest);
             }
         }
     }
 
     pub fn profile(&self, digest: Digest) -> Option<&Arc<Known>> {
-        self.profiles.get(&digest).map(|(known, _)| known)
+        self.profiles.get(&digest).map(|kept| &kept.known)
     }
 
+    /// The profile, if it counts for a container.
+    pub fn in_force(&self, digest: Digest) -> Option<&Arc<Known>> {
+        self.profiles.get(&digest).filter(|kept| kept.in_force > 0).map(|kept| &kept.known)
+    }
+
+    /// Those that count for some container.
     pub fn profiles(&self) -> impl Iterator<Item = &Arc<Known>> {
-        self.profiles.values().map(|(known, _)| known)
+        self.profiles.values().filter(|kept| kept.in_force > 0).map(|kept| &kept.known)
     }
 
     pub fn of_app(&self, guid: &AppGuid) -> impl Iterator<Item = &Handle> {
@@ -168,7 +187,7 @@ impl Roster {
             let left = (*presence == Presence::Leaving).then(|| Record::Leaving(container.handle.clone()));
             [Some(Record::Present(Arc::clone(container))), left].into_iter().flatten()
         });
-        let profiles = self.profiles.values().map(|(known, _)| Record::Profile(Arc::clone(known)));
+        let profiles = self.profiles.values().map(|kept| Record::Profile(Arc::clone(&kept.known)));
         freed.chain(resting).chain(profiles).chain(containers)
     }
 

@@ -101,7 +101,7 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
             let known = inputs.lease.is_some() && inputs.leased.contains(underlay);
             firewall(if known { leased(*underlay) } else { Vec::new() })
         }
-        Unit::Profile(digest) => match inputs.roster.profile(*digest) {
+        Unit::Profile(digest) => match inputs.roster.in_force(*digest) {
             Some(known) => {
                 let Inputs { config, .. } = inputs;
                 firewall(profile(*digest, known.profile(), known.layers(), config.overlay, config.log_group))

@@ -47,6 +47,7 @@ fn directory() -> Arc<Directory> {
         owner: Owner::default(),
         ports: Vec::new(),
         profile: None,
+        passed: None,
     };
     let entered = Entered { container: Arc::new(container), profile: Some(Arc::default()) };
     Arc::new(Directory { by_addr: [(CONTAINER, entered)].into() })

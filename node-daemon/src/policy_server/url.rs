@@ -10,7 +10,8 @@ use rustls::pki_types::ServerName;
 const LONGEST: usize = 8 << 10;
 
 /// `https://name[:port]`, and nothing after it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(try_from = "String")]
 pub struct ServerUrl {
     host: String,
     port: u16,
@@ -37,6 +38,14 @@ impl ServerUrl {
             true => format!("[{}]:{}", self.host, self.port),
             false => format!("{}:{}", self.host, self.port),
         }
+    }
+}
+
+impl TryFrom<String> for ServerUrl {
+    type Error = NotAUrl;
+
+    fn try_from(text: String) -> Result<Self, NotAUrl> {
+        text.parse()
     }
 }
 

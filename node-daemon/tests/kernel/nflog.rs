@@ -221,6 +221,7 @@ async fn lines_and_suppressed_counts_reach_the_file() {
         owner: Owner { app_id: "app-1".into(), ..Owner::default() },
         ports: Vec::new(),
         profile: None,
+        passed: None,
     };
     let entered = Entered { container: Arc::new(container), profile: None };
     let directory = Directory { by_addr: [(spec.addr.get(), entered)].into() };

@@ -58,6 +58,13 @@ impl Lab {
         for cell in &self.cells {
             interrupt::check()?;
             let mut config = cell.config(&self.controllers, &self.directory.join("pki/ca.pem"));
+            if let Some(server) = &self.policy_server {
+                let client = &server.files.client;
+                config.insert("policy_server".into(), server.url().into());
+                config.insert("policy_server_ca_file".into(), json!(server.files.ca));
+                config.insert("policy_server_certificate_file".into(), json!(client.certificate));
+                config.insert("policy_server_key_file".into(), json!(client.key));
+            }
             config.extend(options.node.clone());
             write_json(&cell.config_file(), &config.into())?;
             cell.start_node()?;

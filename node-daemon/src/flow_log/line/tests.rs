@@ -35,6 +35,7 @@ fn who(handle: &str) -> Container {
         owner,
         ports: Vec::new(),
         profile: None,
+        passed: None,
     }
 }
 
