@@ -274,7 +274,7 @@ async fn no_denied_network_is_open_while_the_table_is_replaced() {
     scene.step().await;
     let denied = |to| scene.speaker.packet(to, Probe::Tcp { port: ALLOWED }, FORBIDDEN);
     let packets = [denied(DENIED), denied(METADATA)].repeat(32);
-    let flood = Flood::start(&scene.speaker, packets, Duration::ZERO);
+    let flood = Flood::start(&scene.speaker, packets, Duration::from_micros(100));
     for _ in 0..30 {
         scene.replace().await;
     }

@@ -186,6 +186,10 @@ async fn a_link_that_is_only_named_like_ours_sends_nothing_and_is_not_reached() 
         "ip addr add 10.255.30.200/32 dev eth0 && ip link set eth0 up && \
          ip route add default dev eth0 onlink via 169.254.0.1",
     );
+    for (space, end) in [(&space, "eth0"), (&lair.world.site.space, "s-stranger")] {
+        // The kernel sends nothing by a device before it has noticed that both its ends are up.
+        space.run(&format!("until ip -br link show {end} | grep -q ' UP '; do sleep 0.01; done"));
+    }
     // Its own address, which nobody has; and that of a container which may send anything.
     let stranger = Speaker::at(&space, [10, 255, 30, 200].into());
     let from = [stranger.addr, lair.intruder.addr];

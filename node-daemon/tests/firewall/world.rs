@@ -161,7 +161,8 @@ impl Site {
         let (container, _) = self.cell.roster().get(&instance.handle).expect("it is there");
         inside::lay(instance.space.0.as_fd(), &LinkSpec::of(container)).expect("laid inside");
         let (mouth, ears) = (Mouth::in_space(&instance.space), Ears::in_space(&instance.space, &[1]));
-        let deadline = Instant::now() + Duration::from_secs(10);
+        // A machine that is busy with ending namespaces takes its time.
+        let deadline = Instant::now() + Duration::from_secs(60);
         // It is always refused.
         let knock = Packet::new(instance.addr, [9, 9, 9, 9].into(), Probe::Udp { port: 4789 }, u16::MAX - 1);
         while !ears.hear().iter().any(|heard| heard.refuses().is_some()) {
