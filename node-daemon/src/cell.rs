@@ -6,6 +6,7 @@
 
 mod audit;
 mod call;
+mod policies;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -19,10 +20,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, info, warn};
 use weft_model::address::{DeviceName, OverlayAddr};
-use weft_model::cell::{Cell, Dropped, Fault, Key, Outcome, Roster, Scope, Step};
-use weft_model::container::{Container, Owner};
+use weft_model::cell::{Cell, Dropped, Fault, Key, Outcome, Scope, Step};
+use weft_model::container::Container;
 use weft_model::firewall::Guard;
-use weft_model::follow::Ids;
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 
@@ -33,9 +33,10 @@ use crate::kernel::events::Event;
 use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
-use crate::policy_server::{self, Applied};
 use crate::report::status;
 use call::lay_inside;
+pub use policies::Policies;
+use policies::said;
 
 /// Between audits when nothing has happened.
 const AUDIT: Duration = Duration::from_secs(60);
@@ -73,18 +74,6 @@ pub struct Underlay {
     /// Devices on which containers reach the world; none: those that have `addresses`.
     pub ways: BTreeSet<DeviceName>,
     pub addresses: Vec<Ipv4Addr>,
-}
-
-/// The cell's ends of the channels to who follows the policy server.
-#[derive(Debug)]
-pub struct Policies {
-    pub known: watch::Receiver<policy_server::Known>,
-    /// Whose policies and groups are wanted.
-    pub ids: watch::Sender<Arc<Ids>>,
-    /// What is in the kernel by now.
-    pub applied: watch::Sender<Applied>,
-    /// Whether security groups come from the server (`enable_asg_syncing`).
-    pub groups: bool,
 }
 
 /// A call that has its effect in this wave.
@@ -228,34 +217,6 @@ impl<K: Kernel> Running<K> {
         }
     }
 
-    fn follow_policies(&mut self) {
-        let Some(policies) = &mut self.task.policies else { return };
-        let known = policies.known.borrow_and_update().clone();
-        if let Some(told) = &known.policies {
-            self.task.cell.policies((*told.value).clone());
-        }
-        if let Some(told) = known.groups.filter(|_| policies.groups) {
-            let covered = (Arc::clone(&told.value), told.ids.spaces.clone());
-            for handle in self.task.cell.groups(Some(covered)) {
-                error!(%handle, "security groups are too many rules for one container; it keeps those it has");
-            }
-        }
-    }
-
-    /// Says which answers are in the kernel, if nothing of them was refused.
-    fn policies_applied(&self) {
-        let Some(policies) = self.task.policies.as_ref().filter(|_| !self.task.cell.unsettled_firewall())
-        else {
-            return;
-        };
-        let known = policies.known.borrow();
-        let number = |told: Option<u64>| told.unwrap_or_default();
-        policies.applied.send_replace(Applied {
-            policies: number(known.policies.as_ref().map(|told| told.number)),
-            groups: number(known.groups.as_ref().map(|told| told.number)),
-        });
-    }
-
     fn follow_guard(&mut self) {
         let guard = *self.task.guard.borrow_and_update();
         self.task.cell.guard(guard);
@@ -293,14 +254,7 @@ impl<K: Kernel> Running<K> {
                 directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
             }
             if let Some(policies) = &self.task.policies {
-                let now = ids(self.task.cell.roster());
-                policies.ids.send_if_modified(|ids| {
-                    let differs = **ids != now;
-                    if differs {
-                        *ids = Arc::new(now);
-                    }
-                    differs
-                });
+                policies.want(self.task.cell.roster());
             }
         }
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
@@ -470,24 +424,6 @@ impl<K: Kernel> Running<K> {
             };
             inbox.tell(told).await;
         });
-    }
-}
-
-/// Waits until the policy server has said something new; forever where there is none.
-async fn said(policies: &mut Option<Policies>) {
-    let Some(policies) = policies else { return std::future::pending().await };
-    if policies.known.changed().await.is_err() {
-        // Who follows the server has ended, and says nothing any more.
-        std::future::pending().await
-    }
-}
-
-/// Whose policies and security groups the cell wants to know.
-fn ids(roster: &Roster) -> Ids {
-    let owners = || roster.iter().map(|(container, _)| &container.owner);
-    Ids {
-        apps: owners().filter_map(Owner::app).collect(),
-        spaces: owners().map(|owner| owner.space_id.clone()).filter(|space| !space.is_empty()).collect(),
     }
 }
 

@@ -1,0 +1,87 @@
+//! What the policy server says, as edits of the cell; and what the cell wants to know of it.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tracing::error;
+use weft_model::cell::Roster;
+use weft_model::container::Owner;
+use weft_model::follow::Ids;
+
+use super::Running;
+use crate::kernel::Kernel;
+use crate::policy_server::{self, Applied};
+
+/// The cell's ends of the channels to who follows the policy server.
+#[derive(Debug)]
+pub struct Policies {
+    pub known: watch::Receiver<policy_server::Known>,
+    /// Whose policies and groups are wanted.
+    pub ids: watch::Sender<Arc<Ids>>,
+    /// What is in the kernel by now.
+    pub applied: watch::Sender<Applied>,
+    /// Whether security groups come from the server (`enable_asg_syncing`).
+    pub groups: bool,
+}
+
+impl Policies {
+    /// Says whose containers the cell has now.
+    pub(super) fn want(&self, roster: &Roster) {
+        let now = ids(roster);
+        self.ids.send_if_modified(|ids| {
+            let differs = **ids != now;
+            if differs {
+                *ids = Arc::new(now);
+            }
+            differs
+        });
+    }
+}
+
+impl<K: Kernel> Running<K> {
+    pub(super) fn follow_policies(&mut self) {
+        let Some(policies) = &mut self.task.policies else { return };
+        let known = policies.known.borrow_and_update().clone();
+        if let Some(told) = &known.policies {
+            self.task.cell.policies((*told.value).clone());
+        }
+        if let Some(told) = known.groups.filter(|_| policies.groups) {
+            let covered = (Arc::clone(&told.value), told.ids.spaces.clone());
+            for handle in self.task.cell.groups(Some(covered)) {
+                error!(%handle, "security groups are too many rules for one container; it keeps those it has");
+            }
+        }
+    }
+
+    /// Says which answers are in the kernel, if nothing of them was refused.
+    pub(super) fn policies_applied(&self) {
+        let Some(policies) = self.task.policies.as_ref().filter(|_| !self.task.cell.unsettled_firewall())
+        else {
+            return;
+        };
+        let known = policies.known.borrow();
+        let number = |told: Option<u64>| told.unwrap_or_default();
+        policies.applied.send_replace(Applied {
+            policies: number(known.policies.as_ref().map(|told| told.number)),
+            groups: number(known.groups.as_ref().map(|told| told.number)),
+        });
+    }
+}
+
+/// Waits until the policy server has said something new; forever where there is none.
+pub(super) async fn said(policies: &mut Option<Policies>) {
+    let Some(policies) = policies else { return std::future::pending().await };
+    if policies.known.changed().await.is_err() {
+        // Who follows the server has ended, and says nothing any more.
+        std::future::pending().await
+    }
+}
+
+/// Whose policies and security groups the cell wants to know.
+fn ids(roster: &Roster) -> Ids {
+    let owners = || roster.iter().map(|(container, _)| &container.owner);
+    Ids {
+        apps: owners().filter_map(Owner::app).collect(),
+        spaces: owners().map(|owner| owner.space_id.clone()).filter(|space| !space.is_empty()).collect(),
+    }
+}
