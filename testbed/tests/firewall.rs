@@ -248,7 +248,8 @@ fn a_flood_of_forbidden_syns_never_gets_through() {
     assert!(open.count() > after_adds, "and while the node starts again");
     drop(flood);
     assert_eq!(closed.count(), 0);
-    assert_eq!(lab.complaints(&[]), Vec::<String>::new());
+    // A node that is killed as it connects may say so when it has started again.
+    assert_eq!(lab.complaints(&["controller lost"]), Vec::<String>::new());
 }
 
 /// "To the cell": while somebody flushes filter/INPUT, nothing that it refused gets through; an operator's rule counts.
