@@ -99,6 +99,19 @@ impl std::fmt::Display for Part {
     }
 }
 
+/// Spans that touch or overlap made one, in order.
+fn joined<T: Copy + Ord + Into<u32>>(mut spans: Vec<(T, T)>) -> Vec<(T, T)> {
+    spans.sort_unstable();
+    let mut joined: Vec<(T, T)> = Vec::with_capacity(spans.len());
+    for (first, last) in spans {
+        match joined.last_mut() {
+            Some((_, end)) if first.into() <= (*end).into().saturating_add(1) => *end = last.max(*end),
+            _ => joined.push((first, last)),
+        }
+    }
+    joined
+}
+
 /// Names are made of words and digests here, never of what comes from outside.
 fn name(text: &str) -> Name {
     let new = |text: &str| text.parse().unwrap_or_else(|_| unreachable!("{text} is a name"));

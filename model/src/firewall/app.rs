@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use nf_tables::{Field, Key, Ranges, Set, Target};
 
 use super::draft::{Part as Of, TCP, UDP, rule};
-use super::{Planned, chain, name, set};
+use super::{Planned, chain, joined, name, set};
 use crate::policy::{AppGuid, AppPolicies};
 use crate::profile::{Transport, digest_of};
 
@@ -47,15 +47,8 @@ fn boxes(policies: &AppPolicies) -> Vec<(Vec<u8>, Vec<u8>)> {
         [&u32::from(tag).to_ne_bytes()[..], &[protocol, 0, 0, 0, high, low, 0, 0]].concat()
     };
     let mut boxes = Vec::new();
-    for ((tag, protocol), mut ports) in by_sender {
-        ports.sort_unstable();
-        let mut merged: Vec<(u16, u16)> = Vec::new();
-        for (first, last) in ports {
-            match merged.last_mut() {
-                Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
-                _ => merged.push((first, last)),
-            }
-        }
+    for ((tag, protocol), ports) in by_sender {
+        let merged = joined(ports);
         boxes.extend(
             merged.iter().map(|(first, last)| (key(tag, protocol, *first), key(tag, protocol, *last))),
         );

@@ -9,7 +9,7 @@ use nf_tables::{Field, Key, Name, Ranges, Rule, Set, Target};
 use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
 use super::layers::{Layer, Shape, layers};
 use super::limits::{Limit, Lines, rate_limit};
-use super::{Content, Part, Planned, chain, name, set};
+use super::{Content, Part, Planned, chain, joined, name, set};
 use crate::profile::{Digest, HostService, Profile, Transport, Workload};
 use crate::subnet::OverlayNetwork;
 use crate::traffic::Decision;
@@ -155,18 +155,11 @@ impl This<'_> {
             Workload::Staging => deny.staging.as_slice(),
             Workload::Other => &[],
         };
-        let mut spans: Vec<(u32, u32)> = deny.always.iter().chain(by_workload).map(span).collect();
+        let spans: Vec<(u32, u32)> = deny.always.iter().chain(by_workload).map(span).collect();
         if spans.is_empty() {
             return None;
         }
-        spans.sort_unstable();
-        let mut apart: Vec<(u32, u32)> = Vec::new();
-        for (first, last) in spans {
-            match apart.last_mut() {
-                Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
-                _ => apart.push((first, last)),
-            }
-        }
+        let apart = joined(spans);
         let set_name = format!("{DENY}{}", self.digest);
         let key = |addr: u32, protocol: u8| [&addr.to_be_bytes()[..], &[protocol, 0, 0, 0]].concat();
         let ends: Vec<_> = apart.iter().map(|(first, last)| (key(*first, 0), key(*last, 255))).collect();
