@@ -96,7 +96,10 @@ impl Memory {
 
 fn work_out(passed: Passed) -> Result<(Passed, Known, Vec<Skipped>), Reason> {
     let Rules { rules, skipped } = garden::parse(&passed.net_out_rules)?;
-    let known = Profile { workload: passed.workload, settings: passed.settings.clone(), rules }.into();
+    let profile = Profile { workload: passed.workload, settings: passed.settings.clone(), rules };
+    let known = Known::from(profile);
+    // Worked out here: the cell's task would, when it plans.
+    known.layers();
     Ok((passed, known, skipped))
 }
 
