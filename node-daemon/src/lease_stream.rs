@@ -7,7 +7,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, spawn_blocking};
@@ -23,6 +23,7 @@ use weft_proto::controller::{AcquireRequest, WatchRequest};
 use weft_proto::convert::{cell_to, changes_from, cursor_to, lease_from, lease_to, required};
 use weft_proto::status::reason_of;
 
+use crate::follower::{due, pick};
 use crate::overlay::Overlay;
 use crate::snapshot;
 
@@ -188,18 +189,6 @@ async fn next(attempt: &mut Option<Attempt>) -> Event {
         },
         None => std::future::pending().await,
     }
-}
-
-async fn due(origin: Instant, deadline: Option<Duration>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until((origin + deadline).into()).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Uniform in `0..n`, but for a bias of `n` in 2^32.
-fn pick(n: u32) -> u32 {
-    getrandom::u32().unwrap_or_default() % n.max(1)
 }
 
 async fn ask(controllers: &Controllers, cell: &Cell) -> Result<Lease, Reason> {

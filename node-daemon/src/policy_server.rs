@@ -39,6 +39,7 @@ use snapshot::Saved;
 pub use url::{NotAUrl, ServerUrl};
 
 use crate::cell::chain;
+use crate::follower::{due, pick};
 
 /// For all requests of one question together.
 const QUESTION: Duration = Duration::from_secs(60);
@@ -278,16 +279,4 @@ async fn load<T: serde::de::DeserializeOwned + Send + 'static>(
 #[expect(clippy::disallowed_methods, reason = "the age of an answer outlives this process")]
 fn now() -> SystemTime {
     SystemTime::now()
-}
-
-async fn due(origin: Instant, deadline: Option<Duration>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until((origin + deadline).into()).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Uniform in `0..n`, but for a bias of `n` in 2^32.
-fn pick(n: u32) -> u32 {
-    getrandom::u32().unwrap_or_default() % n.max(1)
 }

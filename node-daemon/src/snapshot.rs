@@ -1,10 +1,14 @@
 //! The leases on disk, so that a node starts while no controller answers. Survives reboots: a lease is for machines.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use weft_model::keeper::Snapshot;
+
+use crate::kept;
+
+/// Leases are no secret.
+const MODE: u32 = 0o666;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} the snapshot of leases {path}")]
@@ -22,30 +26,18 @@ fn path(directory: &Path) -> PathBuf {
 /// None if there is none. A file that cannot be read is an error: starting without it could take another subnet.
 pub fn load(directory: &Path) -> Result<Option<Snapshot>, SnapshotError> {
     let path = path(directory);
-    let failed = |source| SnapshotError { operation: "read", path: path.clone(), source };
-    match fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|why| failed(why.into())),
-        Err(absent) if absent.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(failed(source)),
-    }
+    kept::load(&path).map_err(|source| SnapshotError { operation: "read", path, source })
 }
 
-/// Replaces the file at once, and only by one that is on disk.
 pub fn save(directory: &Path, snapshot: &Snapshot) -> Result<(), SnapshotError> {
     let path = path(directory);
-    let next = path.with_extension("json.next");
-    let write = || {
-        let mut file = File::create(&next)?;
-        file.write_all(&serde_json::to_vec(snapshot)?)?;
-        file.sync_all()?;
-        fs::rename(&next, &path)
-    };
-    write().map_err(|source| SnapshotError { operation: "write", path: path.clone(), source })
+    kept::save(&path, MODE, snapshot).map_err(|source| SnapshotError { operation: "write", path, source })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use weft_model::lease::Lease;
     use weft_model::walk;
 

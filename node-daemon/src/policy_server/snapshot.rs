@@ -1,8 +1,6 @@
 //! What the policy server last said, on disk, so that a node that starts while it is away does not start from nothing.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,6 +8,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use weft_model::follow::{Ids, Subject};
+
+use crate::kept;
+
+/// Who may talk to whom is for nobody else's eyes.
+const MODE: u32 = 0o600;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{operation} {path}, which is what the policy server last said")]
@@ -52,33 +55,18 @@ pub fn load<T: DeserializeOwned>(
     subject: Subject,
 ) -> Result<Option<Saved<T>>, SnapshotError> {
     let path = path(directory, subject);
-    let failed = |source| SnapshotError { operation: "read", path: path.clone(), source };
-    match fs::read(&path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|why| failed(why.into())),
-        Err(absent) if absent.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(failed(source)),
-    }
+    kept::load(&path).map_err(|source| SnapshotError { operation: "read", path, source })
 }
 
-/// Replaces the file at once, and only by one that is on disk. Who may talk to whom is for nobody else's eyes.
 pub fn save<T: Serialize>(directory: &Path, subject: Subject, saved: &Saved<T>) -> Result<(), SnapshotError> {
     let path = path(directory, subject);
-    let next = path.with_extension("json.next");
-    let write = || {
-        // One that a crash left behind may have another mode.
-        fs::remove_file(&next)
-            .or_else(|why| (why.kind() == io::ErrorKind::NotFound).then_some(()).ok_or(why))?;
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&next)?;
-        file.write_all(&serde_json::to_vec(saved)?)?;
-        file.sync_all()?;
-        fs::rename(&next, &path)
-    };
-    write().map_err(|source| SnapshotError { operation: "write", path: path.clone(), source })
+    kept::save(&path, MODE, saved).map_err(|source| SnapshotError { operation: "write", path, source })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use weft_model::asg::group::SecurityGroup;
 
