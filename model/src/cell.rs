@@ -355,6 +355,7 @@ impl Cell {
         for change in before.into_iter().zip(after) {
             if let (Some(known), None) | (None, Some(known)) = change {
                 self.replan(Unit::Profile(known.digest()));
+                self.replan(Unit::Settings(known.settings_digest()));
                 for limit in limits_of(known.profile()) {
                     self.replan(Unit::Limit(limit));
                 }
@@ -367,8 +368,10 @@ impl Cell {
         let now = plan_unit(&unit, &self.inputs);
         let keys: Box<[Key]> = now.iter().map(|(key, _)| key.clone()).collect();
         let before = if keys.is_empty() { self.units.remove(&unit) } else { self.units.insert(unit, keys) };
-        for key in before.into_iter().flatten() {
-            if now.iter().all(|(still, _)| *still != key) {
+        for (n, key) in before.into_iter().flatten().enumerate() {
+            // Most stand where they stood.
+            let stays = now.get(n).is_some_and(|(still, _)| *still == key);
+            if !stays && now.iter().all(|(still, _)| *still != key) {
                 self.wanted.remove(&key);
                 self.touched.insert(key);
             }
@@ -409,7 +412,10 @@ impl Cell {
     /// What the kernel has to hold for a container and its profile.
     pub fn keys_of(&self, container: &Container) -> impl Iterator<Item = &Key> {
         let own = self.units.get(&Unit::Container(container.handle.clone()));
-        let profile = container.profile.and_then(|digest| self.units.get(&Unit::Profile(digest)));
-        own.into_iter().chain(profile).flatten()
+        let known = container.profile.and_then(|digest| self.inputs.roster.profile(digest));
+        let shared =
+            known.map(|known| [Unit::Profile(known.digest()), Unit::Settings(known.settings_digest())]);
+        let shared = shared.into_iter().flatten().filter_map(|unit| self.units.get(&unit));
+        own.into_iter().chain(shared).flatten()
     }
 }

@@ -4,6 +4,7 @@
 //! ```text
 //!  base      the chains that every packet of a container meets, and the maps that lead on from there
 //!  profile   what containers may send: one set of chains for all that have the same profile
+//!  settings  the rest of what containers with the same settings have in common
 //!  app       who may open connections to an app's containers
 //!  limits    dynamic sets that count: connections, log lines
 //!  member    one container's elements in the maps
@@ -20,6 +21,7 @@ mod layers;
 mod limits;
 mod member;
 mod profile;
+mod settings;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -30,7 +32,8 @@ pub use app::app;
 pub use base::{Base, base};
 pub use limits::{Limit, Lines, limit, limits_of};
 pub use member::{is_leased, leased, member};
-pub use profile::{Layers, profile, refuses};
+pub use profile::{Chains, Layers, profile, refuses};
+pub use settings::settings;
 
 /// The only table that is ours. Nothing else is touched.
 pub const TABLE: &str = "weft";

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::asg::EgressRule;
-use crate::firewall::Layers;
+use crate::firewall::{Chains, Layers};
 
 /// Everything of a container's firewall that others may have in common with it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -122,6 +122,9 @@ impl Default for Settings {
 #[serde(from = "Saved", into = "Saved")]
 pub struct Known {
     digest: Digest,
+    /// Of its settings alone.
+    settings: Digest,
+    chains: Chains,
     profile: Profile,
     /// Not before they are asked for: of a profile that the cell has already, nobody asks.
     layers: OnceLock<Layers>,
@@ -140,8 +143,23 @@ impl Known {
         self.digest
     }
 
+    /// Names its settings: profiles whose security groups alone differ have the same.
+    pub fn settings_digest(&self) -> Digest {
+        self.settings
+    }
+
     pub fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    pub(crate) fn chains(&self) -> &Chains {
+        &self.chains
+    }
+
+    fn named(digest: Digest, profile: Profile) -> Self {
+        let settings = digest_of(&profile.settings);
+        let chains = Chains::of(digest, settings);
+        Self { digest, settings, chains, profile, layers: OnceLock::new() }
     }
 
     pub fn layers(&self) -> &Layers {
@@ -157,7 +175,7 @@ impl Default for Known {
 
 impl From<Profile> for Known {
     fn from(profile: Profile) -> Self {
-        Self { digest: digest_of(&profile), profile, layers: OnceLock::new() }
+        Self::named(digest_of(&profile), profile)
     }
 }
 
@@ -176,7 +194,7 @@ impl From<Known> for Saved {
 
 impl From<Saved> for Known {
     fn from(Saved { digest, profile }: Saved) -> Self {
-        Self { digest, profile, layers: OnceLock::new() }
+        Self::named(digest, profile)
     }
 }
 

@@ -161,33 +161,39 @@ impl<T: Clone> Batch<T> {
 
     /// New ones: EEXIST for what is there already.
     pub fn add_elements(&mut self, owner: &T, set: &Name, elements: &[Element]) {
-        let all = elements.iter().map(|one| encode::element(&one.key, None, &one.data));
+        let all = elements.iter().map(|one| (&*one.key, None, &one.data));
         self.elements(owner, NFT_MSG_NEWSETELEM, set, all);
     }
 
     /// By their keys. ENOENT for one that is not there.
     pub fn delete_elements(&mut self, owner: &T, set: &Name, elements: &[Element]) {
-        let all = elements.iter().map(|one| encode::element(&one.key, None, &Data::Nothing));
+        let all = elements.iter().map(|one| (&*one.key, None, &Data::Nothing));
         self.elements(owner, NFT_MSG_DELSETELEM, set, all);
     }
 
     /// New ones: EEXIST for one whose lower or upper end lies in another. (One around another is taken.)
     pub fn add_ranges(&mut self, owner: &T, set: &Name, ranges: &Ranges) {
-        let all = ranges.iter().map(|(low, high)| encode::element(low, Some(high), &Data::Nothing));
+        let all = ranges.iter().map(|(low, high)| (low, Some(high), &Data::Nothing));
         self.elements(owner, NFT_MSG_NEWSETELEM, set, all);
     }
 
     /// ENOENT for one that is not there with just these ends.
     pub fn delete_ranges(&mut self, owner: &T, set: &Name, ranges: &Ranges) {
-        let all = ranges.iter().map(|(low, high)| encode::element(low, Some(high), &Data::Nothing));
+        let all = ranges.iter().map(|(low, high)| (low, Some(high), &Data::Nothing));
         self.elements(owner, NFT_MSG_DELSETELEM, set, all);
     }
 
     /// In as many messages as it takes: the list is one attribute.
-    fn elements(&mut self, owner: &T, kind: u16, set: &Name, all: impl Iterator<Item = Vec<u8>>) {
+    fn elements<'a>(
+        &mut self,
+        owner: &T,
+        kind: u16,
+        set: &Name,
+        all: impl Iterator<Item = (&'a [u8], Option<&'a [u8]>, &'a Data)>,
+    ) {
         self.own(owner);
         let flags = if kind == NFT_MSG_NEWSETELEM { NLM_F_CREATE | NLM_F_EXCL } else { 0 };
-        let mut list = Vec::new();
+        let mut list = Writer::default();
         let mut say = |list: &[u8]| {
             self.say(kind, flags, |out, table, sets| {
                 out.text(NFTA_SET_ELEM_LIST_TABLE, table);
@@ -198,15 +204,16 @@ impl<T: Clone> Batch<T> {
                 out.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |out| out.append(list));
             });
         };
-        for element in all {
-            if list.len() + element.len() > ROOM {
-                say(&list);
-                list.clear();
+        for (key, end, data) in all {
+            let before = list.len();
+            encode::element(&mut list, key, end, data);
+            if list.len() > ROOM {
+                say(list.up_to(before));
+                list.forget(before);
             }
-            list.extend(element);
         }
-        if !list.is_empty() {
-            say(&list);
+        if list.len() > 0 {
+            say(list.up_to(list.len()));
         }
     }
 

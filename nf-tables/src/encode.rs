@@ -126,8 +126,7 @@ fn byte_order(kind: u8, fields: &[Field]) -> Vec<u8> {
 }
 
 /// One element, with its place in the list.
-pub(crate) fn element(key: &[u8], end: Option<&[u8]>, data: &Data) -> Vec<u8> {
-    let mut out = Writer::default();
+pub(crate) fn element(out: &mut Writer, key: &[u8], end: Option<&[u8]>, data: &Data) {
     out.nest(NFTA_LIST_ELEM, |out| {
         out.nest(NFTA_SET_ELEM_KEY, |out| out.bytes(NFTA_DATA_VALUE, key));
         if let Some(end) = end {
@@ -139,7 +138,6 @@ pub(crate) fn element(key: &[u8], end: Option<&[u8]>, data: &Data) -> Vec<u8> {
             Data::Value(value) => out.nest(NFTA_SET_ELEM_DATA, |out| out.bytes(NFTA_DATA_VALUE, value)),
         }
     });
-    out.into_bytes()
 }
 
 pub(crate) fn rule(out: &mut Writer, rule: &Rule, sets: &SetIds) {

@@ -102,6 +102,15 @@ impl Writer {
         self.0.extend_from_slice(attributes);
     }
 
+    pub(crate) fn up_to(&self, end: usize) -> &[u8] {
+        &self.0[..end]
+    }
+
+    /// The first so many bytes.
+    pub(crate) fn forget(&mut self, bytes: usize) {
+        self.0.drain(..bytes);
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }

@@ -9,7 +9,9 @@ use crate::address::{DeviceName, UnderlayAddr};
 use crate::cell::roster::{Presence, Roster};
 use crate::cell::step::{Key, Object, PeerSpec, VtepSpec};
 use crate::container::Handle;
-use crate::firewall::{Base, Guard, Limit, Planned, app, base, leased, limit, limits_of, member, profile};
+use crate::firewall::{
+    Base, Guard, Limit, Planned, app, base, leased, limit, limits_of, member, profile, settings,
+};
 use crate::lease::Lease;
 use crate::link::LinkSpec;
 use crate::policy::{AppGuid, Policies};
@@ -82,6 +84,8 @@ pub enum Unit {
     Leased(UnderlayAddr),
     /// The chains of all containers with this profile.
     Profile(Digest),
+    /// What all containers with these settings have in common besides.
+    Settings(Digest),
     Limit(Limit),
     /// Who may open connections to the containers of this app, if there are any.
     App(AppGuid),
@@ -102,12 +106,15 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
             firewall(if known { leased(*underlay) } else { Vec::new() })
         }
         Unit::Profile(digest) => match inputs.roster.in_force(*digest) {
-            Some(known) => {
-                let Inputs { config, .. } = inputs;
-                firewall(profile(*digest, known.profile(), known.layers(), config.overlay, config.log_group))
-            }
+            Some(known) => firewall(profile(known, &inputs.config)),
             None => Vec::new(),
         },
+        Unit::Settings(digest) => {
+            match inputs.roster.profiles().find(|known| known.settings_digest() == *digest) {
+                Some(known) => firewall(settings(*digest, &known.profile().settings, inputs.config.overlay)),
+                None => Vec::new(),
+            }
+        }
         Unit::Limit(of) => {
             let used = inputs.roster.profiles().any(|known| limits_of(known.profile()).contains(of));
             firewall(if used { limit(*of, inputs.config.log_group) } else { Vec::new() })
@@ -121,7 +128,8 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
                 let known = container.profile.and_then(|digest| inputs.roster.profile(digest));
                 let policies = container.owner.app().and_then(|guid| inputs.policies.get(&guid));
                 let policies = policies.map(|policies| &**policies);
-                let mut planned = firewall(member(container, known.map(|known| known.profile()), policies));
+                let known = known.map(|known| &**known);
+                let mut planned = firewall(member(container, known, policies, &inputs.config));
                 planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
                 planned
             }
@@ -165,6 +173,8 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
     let limits: BTreeSet<Limit> =
         inputs.roster.profiles().flat_map(|known| limits_of(known.profile())).collect();
     let limits = limits.into_iter().map(Unit::Limit);
+    let settings: BTreeSet<Digest> = inputs.roster.profiles().map(|known| known.settings_digest()).collect();
+    let settings = settings.into_iter().map(Unit::Settings);
     let apps = inputs.policies.keys().cloned().map(Unit::App);
     let containers = inputs.roster.iter().map(|(container, _)| Unit::Container(container.handle.clone()));
     [Unit::Base, Unit::Vtep]
@@ -173,6 +183,7 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
         .chain(leased)
         .chain(profiles)
         .chain(limits)
+        .chain(settings)
         .chain(apps)
         .chain(containers)
 }

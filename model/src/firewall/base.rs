@@ -52,7 +52,7 @@ pub fn base(base: &Base<'_>) -> Planned {
     planned.push(element("metadata", AZURE.to_vec(), Data::Nothing));
     planned.extend([
         hooked("forward", Kind::Filter, Hook::Forward, BEFORE_IPTABLES, base.forward()),
-        chain("sent", base.sent()),
+        chain("sent", known("from-container")),
         chain("from-container", base.sent_by_container()),
         chain("to-overlay", base.to_overlay()),
         chain("egress", egress()),
@@ -147,28 +147,27 @@ fn received() -> Vec<Rule> {
 impl Base<'_> {
     fn forward(&self) -> Vec<Rule> {
         let vtep = &self.config.vtep_name;
-        vec![
+        let mut rules = self.let_out_before();
+        rules.extend([
             rule("from a container").in_by_link().goto("sent"),
             rule("to a container").out_by_link().goto("received"),
             rule("from another cell, to no container").in_by(vtep).reject(),
             rule("to another cell, from no container").out_by(vtep).reject(),
-        ]
+        ]);
+        rules
     }
 
     /// dataplane.md, "To the world", line 3, comes before all else, since most packets need no more: one look says that the
     /// address is the link's own, and that the profile of today let the connection out or that it is one to a mapped port.
-    /// It lets nothing through that the lines before it would not.
-    fn sent(&self) -> Vec<Rule> {
+    /// It lets nothing through that the other lines would not: a connection gets such a mark by passing them.
+    fn let_out_before(&self) -> Vec<Rule> {
         let before = |way| {
             rule("let out before by the rules of today, or an answer")
-                .ipv4()
                 .out_by(way)
-                .not_to_port(self.config.vtep_port)
                 .mark_from(&name("allowed"), &[Of::InIndex, Of::Source, Of::ConnectionMark])
                 .accept()
         };
-        let ways = self.ways.iter().filter(|way| **way != self.config.vtep_name);
-        ways.map(before).chain(known("from-container")).collect()
+        self.ways.iter().filter(|way| **way != self.config.vtep_name).map(before).collect()
     }
 
     fn sent_by_container(&self) -> Vec<Rule> {

@@ -97,16 +97,6 @@ impl Draft {
         self.part(Part::Port, FIRST).equal(&number.to_be_bytes())
     }
 
-    /// Whatever the protocol; of one without ports, what stands in their place.
-    pub(super) fn not_to_port(self, number: u16) -> Self {
-        let with = number.to_be_bytes().to_vec();
-        self.part(Part::Port, FIRST).add([Expression::Compare {
-            from: FIRST,
-            is: Comparison::NotEqual,
-            with,
-        }])
-    }
-
     pub(super) fn destination(self, addr: Ipv4Addr) -> Self {
         self.part(Part::Destination, FIRST).equal(&addr.octets())
     }

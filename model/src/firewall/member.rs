@@ -1,21 +1,27 @@
 //! One container's elements: where its packets are led, and what leads to it. And the cells whose frames are taken.
 
-use nf_tables::{Data, Verdict};
+use nf_tables::{Data, Name, Verdict};
 
 use super::app::app_chain;
-use super::profile::{egress_chain, services_chain, translation_chain, uninvited_chain};
+use super::profile::{connection_mark, uninvited_chain};
 use super::{ALLOWED, INGRESS_CONNECTION, Part, Planned, element, name};
 use crate::address::UnderlayAddr;
+use crate::cell::CellConfig;
 use crate::container::Container;
 use crate::link;
 use crate::policy::AppPolicies;
-use crate::profile::Profile;
+use crate::profile::Known;
 
 /// A container whose profile is not known has an address and its mapped ports: it is reached, and sends nothing by itself.
-pub fn member(container: &Container, profile: Option<&Profile>, app: Option<&AppPolicies>) -> Planned {
+pub fn member(
+    container: &Container,
+    known: Option<&Known>,
+    app: Option<&AppPolicies>,
+    config: &CellConfig,
+) -> Planned {
     let addr = container.addr.get().octets();
     let own = |set: &str, data| element(set, addr.to_vec(), data);
-    let goto = |chain: String| Data::Verdict(Verdict::Goto(name(&chain)));
+    let goto = |chain: &Name| Data::Verdict(Verdict::Goto(chain.clone()));
     let source = [&link::index(container.addr).to_ne_bytes()[..], &addr].concat();
     let mark = ALLOWED | app.and_then(|app| app.tag).map_or(0, |tag| tag.get().into());
     let mark = || Data::Value(mark.to_ne_bytes().to_vec());
@@ -23,18 +29,20 @@ pub fn member(container: &Container, profile: Option<&Profile>, app: Option<&App
         |connection: u32| element("allowed", [&source[..], &connection.to_ne_bytes()].concat(), mark());
     let mut planned = vec![element("sources", source.clone(), mark()), allowed(INGRESS_CONNECTION)];
     if let (Some(guid), true) = (container.owner.app(), app.is_some_and(|app| !app.inbound.is_empty())) {
-        planned.push(own("apps", goto(app_chain(&guid))));
+        planned.push(own("apps", goto(&name(&app_chain(&guid)))));
     }
-    if let (Some(digest), Some(profile)) = (container.profile, profile) {
+    if let Some(known) = known {
+        let chains = known.chains();
         planned.extend([
-            own("profiles", goto(egress_chain(digest))),
-            allowed(digest.mark()),
-            own("services", goto(services_chain(digest))),
-            own("translations", goto(translation_chain(digest))),
+            own("profiles", goto(&chains.egress)),
+            allowed(connection_mark(known.digest(), config.vtep_port)),
+            own("services", goto(&chains.services)),
+            own("translations", goto(&chains.translation)),
         ]);
-        if profile.settings.log_all {
-            let per_sec = profile.settings.denied_logs_per_sec.get();
-            planned.push(own("uninvited", goto(uninvited_chain(per_sec))));
+        let settings = &known.profile().settings;
+        if settings.log_all {
+            let per_sec = settings.denied_logs_per_sec.get();
+            planned.push(own("uninvited", goto(&name(&uninvited_chain(per_sec)))));
         }
     }
     planned.extend(container.ports.iter().map(|mapping| {

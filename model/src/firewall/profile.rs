@@ -9,9 +9,10 @@ use nf_tables::{Field, Key, Name, Ranges, Rule, Set, Target};
 use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
 use super::layers::{Layer, Shape, layers};
 use super::limits::{Limit, Lines, rate_limit};
+use super::settings::{services_chain, translation_chain};
 use super::{Content, Part, Planned, chain, joined, name, set};
-use crate::profile::{Digest, HostService, Profile, Transport, Workload};
-use crate::subnet::OverlayNetwork;
+use crate::cell::CellConfig;
+use crate::profile::{Digest, Known, Profile, Workload};
 use crate::traffic::Decision;
 
 /// A profile's rules as the kernel takes them: made once for each profile.
@@ -38,17 +39,27 @@ impl Layers {
     }
 }
 
-/// Names of a profile's chains.
-pub(super) fn egress_chain(digest: Digest) -> String {
+/// The chains that containers with a profile are led to: named once, since each of them asks.
+#[derive(Debug, Clone)]
+pub struct Chains {
+    pub(super) egress: Name,
+    pub(super) services: Name,
+    pub(super) translation: Name,
+}
+
+impl Chains {
+    /// `settings` is the digest of its settings.
+    pub fn of(profile: Digest, settings: Digest) -> Self {
+        Self {
+            egress: name(&egress_chain(profile)),
+            services: name(&services_chain(settings)),
+            translation: name(&translation_chain(settings)),
+        }
+    }
+}
+
+fn egress_chain(digest: Digest) -> String {
     format!("egress-{digest}")
-}
-
-pub(super) fn services_chain(digest: Digest) -> String {
-    format!("services-{digest}")
-}
-
-pub(super) fn translation_chain(digest: Digest) -> String {
-    format!("translation-{digest}")
 }
 
 /// What the names of sets begin with that refuse what is in them.
@@ -70,29 +81,26 @@ pub(super) fn uninvited(per_sec: u32, log_group: u16) -> (Part, Content) {
     chain(&uninvited_chain(per_sec), rules)
 }
 
-/// Everything of a profile. `layers` are its own.
-pub fn profile(
-    digest: Digest,
-    profile: &Profile,
-    layers: &Layers,
-    overlay: OverlayNetwork,
-    log_group: u16,
-) -> Planned {
-    let this = This { digest, profile, log_group };
+/// What containers with this profile may send to the world.
+pub fn profile(known: &Known, config: &CellConfig) -> Planned {
+    let (digest, profile) = (known.digest(), known.profile());
+    let this = This { digest, profile, config };
     let mut planned = Planned::new();
-    let egress = this.egress(layers, &mut planned);
+    let egress = this.egress(known.layers(), &mut planned);
     planned.push(chain(&egress_chain(digest), egress));
-    let services = this.services(&mut planned);
-    planned.push(chain(&services_chain(digest), services));
-    let kept = profile.settings.no_masquerade.unwrap_or_else(|| overlay.get());
-    planned.push(chain(&translation_chain(digest), translation(kept)));
     planned
+}
+
+/// The mark of connections that a profile's rules let out. The overlay's port is part of it: where that changes, what
+/// is refused to the new one may have been let out before.
+pub(super) fn connection_mark(digest: Digest, vtep_port: u16) -> u32 {
+    (digest.mark() ^ u32::from(vtep_port)).max(1)
 }
 
 struct This<'a> {
     digest: Digest,
     profile: &'a Profile,
-    log_group: u16,
+    config: &'a CellConfig,
 }
 
 impl This<'_> {
@@ -117,7 +125,7 @@ impl This<'_> {
         rules.extend(self.layers(layers, planned));
         if settings.log_all {
             let per_sec = settings.denied_logs_per_sec.get();
-            rules.extend(limited_log(Lines::Denied, per_sec, self.log_group));
+            rules.extend(limited_log(Lines::Denied, per_sec, self.config.log_group));
         }
         rules.push(rule("no security group").reject());
         rules
@@ -128,7 +136,7 @@ impl This<'_> {
         let Some(rate) = &settings.outbound_connections.rate else { return Vec::new() };
         let limit = rate_limit(rate);
         let too_many = || rule("too many new connections").protocol(TCP).state(NEW).by(limit);
-        let log = |of| limited_log(of, settings.denied_logs_per_sec.get(), self.log_group);
+        let log = |of| limited_log(of, settings.denied_logs_per_sec.get(), self.config.log_group);
         if rate.dry_run {
             let chain_name = format!("over-rate-{}", self.digest);
             planned.push(chain(&chain_name, log(Lines::OverLimit)));
@@ -195,13 +203,13 @@ impl This<'_> {
 
     /// Later packets of the connection are let out by one look, as long as the profile stays.
     fn allow(&self, draft: Draft) -> Draft {
-        draft.mark_connection(self.digest.mark())
+        draft.mark_connection(connection_mark(self.digest, self.config.vtep_port))
     }
 
     /// A line for each connection; of UDP, where one packet is one, as many as the limit says.
     fn logged(&self) -> Vec<Rule> {
         let per_sec = self.profile.settings.accepted_udp_logs_per_sec.get();
-        let (of, group) = (Lines::AcceptedUdp, self.log_group);
+        let (of, group) = (Lines::AcceptedUdp, self.config.log_group);
         let udp = |comment| rule(comment).protocol(UDP);
         vec![
             udp("counted").by(Limit::Total { of }).go_on(),
@@ -211,42 +219,6 @@ impl This<'_> {
             self.allow(rule("security group")).accept(),
         ]
     }
-
-    /// dataplane.md, "To the cell".
-    fn services(&self, planned: &mut Planned) -> Vec<Rule> {
-        let settings = &self.profile.settings;
-        let dns = settings
-            .dns_servers
-            .iter()
-            .filter(|server| server.is_link_local())
-            .flat_map(|server| [TCP, UDP].map(|protocol| (*server, protocol, 53)));
-        let services = settings.host_services.iter().map(|HostService { transport, addr, port }| {
-            (*addr, if *transport == Transport::Tcp { TCP } else { UDP }, port.get())
-        });
-        let key = |(addr, protocol, port): (std::net::Ipv4Addr, u8, u16)| {
-            let [high, low] = port.to_be_bytes();
-            [&addr.octets()[..], &[protocol, 0, 0, 0, high, low, 0, 0]].concat()
-        };
-        let keys: std::collections::BTreeSet<Vec<u8>> = dns.chain(services).map(key).collect();
-        let refused = rule("not offered").goto("refused-by-cell");
-        if keys.is_empty() {
-            return vec![refused];
-        }
-        let set_name = format!("offered-{}", self.digest);
-        let fields = Key::from([Field::Ipv4, Field::Protocol, Field::Port]);
-        let ranges = Ranges::new(fields.len(), keys.iter().map(|key| (key.as_slice(), key.as_slice())));
-        planned.push(set(&set_name, with_ranges(fields), ranges));
-        let offered = rule("offered").in_set(&name(&set_name), &[Of::Destination, Of::Protocol, Of::Port]);
-        vec![offered.accept(), refused]
-    }
-}
-
-/// dataplane.md, "Masquerade".
-fn translation(kept: Ipv4Network) -> Vec<Rule> {
-    vec![
-        rule("sees the container's own address").ipv4().destination_in(kept).accept(),
-        rule("to the world").masquerade(),
-    ]
 }
 
 /// Counts, and logs as long as the limit says.
@@ -257,7 +229,7 @@ fn limited_log(of: Lines, per_sec: u32, log_group: u16) -> Vec<Rule> {
     ]
 }
 
-fn with_ranges(key: Key) -> Set {
+pub(super) fn with_ranges(key: Key) -> Set {
     Set { key, target: Target::Nothing, ranges: true, dynamic: None }
 }
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 use weft_model::profile::Known;
 use weft_testbed::interrupt;
 
-use super::bed::{Bed, Ports, Program, list, matching, profile};
+use super::bed::{Bed, Ports, Program, WORLD, list, matching, profile};
 use super::figure::Figure;
 use super::progress;
 use super::traffic::{Speeds, TCP, Traffic, UDP};
@@ -30,6 +30,8 @@ enum Firewall {
     Program {
         rules: usize,
         others: usize,
+        /// Or the destination is one that sees the container's own address, as on the overlay.
+        masquerade: bool,
     },
 }
 
@@ -38,15 +40,17 @@ const SHORTCUT: &str = "established shortcut alone";
 const MASQUERADE: &str = "shortcut and masquerade";
 const TEN: &str = "10 rules";
 const ONE: &str = "1 rule";
-const CASES: [(&str, Firewall); 8] = [
+const CASES: [(&str, Firewall); 10] = [
     (NONE, Firewall::None),
     (SHORTCUT, Firewall::Shortcut { masquerade: false }),
     (MASQUERADE, Firewall::Shortcut { masquerade: true }),
-    (ONE, Firewall::Program { rules: 1, others: 0 }),
-    (TEN, Firewall::Program { rules: 10, others: 0 }),
-    ("1,000 rules", Firewall::Program { rules: 1000, others: 0 }),
-    ("5,000 rules", Firewall::Program { rules: 5000, others: 0 }),
-    ("5,000 rules, 250 containers", Firewall::Program { rules: 5000, others: OTHERS }),
+    (ONE, Firewall::Program { rules: 1, others: 0, masquerade: true }),
+    (TEN, Firewall::Program { rules: 10, others: 0, masquerade: true }),
+    ("1,000 rules", Firewall::Program { rules: 1000, others: 0, masquerade: true }),
+    ("5,000 rules", Firewall::Program { rules: 5000, others: 0, masquerade: true }),
+    ("10 rules, no masquerade", Firewall::Program { rules: 10, others: 0, masquerade: false }),
+    ("5,000 rules, no masquerade", Firewall::Program { rules: 5000, others: 0, masquerade: false }),
+    ("5,000 rules, 250 containers", Firewall::Program { rules: 5000, others: OTHERS, masquerade: true }),
 ];
 
 struct Case {
@@ -110,9 +114,9 @@ pub(super) fn measure(rounds: usize, long: Duration) -> Result<Vec<Row>> {
 
 impl Case {
     fn new(name: &'static str, firewall: Firewall) -> Result<Self> {
-        let (program, rules, others) = match firewall {
-            Firewall::Program { rules, others } => (Program::Laid, rules, others),
-            Firewall::None | Firewall::Shortcut { .. } => (Program::None, 0, 0),
+        let (program, rules, others, masquerade) = match firewall {
+            Firewall::Program { rules, others, masquerade } => (Program::Laid, rules, others, masquerade),
+            Firewall::None | Firewall::Shortcut { .. } => (Program::None, 0, 0, false),
         };
         let mut bed = Bed::new(program)?;
         let matching = matching(rules, TCP, UDP);
@@ -123,7 +127,9 @@ impl Case {
             let profiles: Vec<Arc<Known>> = lists.map(|rules| Arc::new(profile(rules).into())).collect();
             bed.add_idle(others, &profiles)?;
         }
-        let container = bed.add_linked("sender", Arc::new(profile(rules).into()))?;
+        let mut profile = profile(rules);
+        profile.settings.no_masquerade = (!masquerade).then(|| WORLD.into());
+        let container = bed.add_linked("sender", Arc::new(profile.into()))?;
         if let Firewall::Shortcut { masquerade } = firewall {
             bed.space.run(&shortcut(masquerade))?;
         }
