@@ -29,7 +29,7 @@ use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
 pub use app::app;
 pub use base::{Base, base};
 pub use limits::{Limit, Lines, limit, limits_of};
-pub use member::{is_leased, leased, member};
+pub use member::{exposed, is_leased, leased, member};
 pub use profile::{Layers, profile, refuses};
 
 /// The only table that is ours. Nothing else is touched.

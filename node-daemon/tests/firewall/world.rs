@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use weft_model::cell::{Cell, CellConfig, Key, Object, Step, Wanted};
+use weft_model::cell::{Cell, CellConfig, Key, Object, OverlayIngress, Step, Wanted};
 use weft_model::container::{Handle, PortMapping};
 use weft_model::firewall::explain::{Explanation, Probe, Route, explain};
 use weft_model::firewall::{Content, Part, program};
@@ -118,6 +118,8 @@ impl Site {
             overlay: "10.255.0.0/16".parse().expect("overlay"),
             mtu: None,
             policy,
+            cut: false,
+            ingress: OverlayIngress::Off,
             log_group: 2312,
         });
         let subnets = SUBNETS.map(|subnet| subnet.parse().expect("subnet"));
