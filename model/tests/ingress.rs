@@ -99,7 +99,7 @@ fn routers_on_the_overlay_reach_what_a_container_offers() {
         assert_eq!(told.whose.contains("tag 0009"), routers, "{told:?}");
     }
 
-    // On the cell itself nobody is a router, whatever his tag; and one that is an app's too is nobody's.
+    // Behind no other device than the VTEP is anybody a router, whatever his tag; and one that is an app's too is nobody's.
     let other = cell.add(walk::wanted(2)).expect("added").addr;
     let near = Packet {
         mark: 9,
@@ -108,6 +108,8 @@ fn routers_on_the_overlay_reach_what_a_container_offers() {
         ..from_overlay(other.get(), addr, 8080, 8)
     };
     assert_eq!(run(&cell, &near), (machine::Outcome::Reject, "no policy".into()));
+    let outside = Packet { mark: 9, in_name: Some("eth0".into()), ..from_overlay(ROUTER, addr, 8080, 8) };
+    assert_eq!(run(&cell, &outside), (machine::Outcome::Reject, "no policy".into()));
     cell.policies(by_app([policy(2, 9, 80)]));
     assert_eq!(verdict(&cell, ROUTER, tcp(8080)), Verdict::Refused);
     cell.policies(by_app([policy(2, 8, 80)]));
