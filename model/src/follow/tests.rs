@@ -112,7 +112,7 @@ fn an_outage_is_told_once_and_takes_nothing() {
 
 #[test]
 fn a_long_interval_does_not_make_retries_slow() {
-    let mut script = Script::start(Intervals { policies: 60 * SECOND, groups: None });
+    let mut script = Script::start(Intervals { policies: 60 * SECOND, ..ONLY_POLICIES });
     script.on(Event::Wanted(ids(&["a"])));
     for millis in [3750, 7500, 15_000, 30_000, 45_000, 45_000] {
         script.answered(Outcome::Failed("refused".into()));

@@ -62,7 +62,7 @@ async fn nothing_that_a_policy_allows_is_stopped_while_others_change() {
         sent
     });
     let mut heard = 0;
-    let mut listen = |heard: &mut usize| *heard += ears.hear().iter().filter(|heard| heard.id == 1).count();
+    let listen = |heard: &mut usize| *heard += ears.hear().iter().filter(|heard| heard.id == 1).count();
     for n in 0..500_u16 {
         let others: BTreeSet<Policy> = (0..n % 50).map(|of| policy(3 + of, 2, 9000 + n % 7)).collect();
         world.site.cell.policies(by_app(others.into_iter().chain([kept.clone()])));
