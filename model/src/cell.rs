@@ -23,14 +23,14 @@ use std::sync::Arc;
 pub use audit::{Drift, Scope};
 pub use roster::{Presence, Record, Roster};
 pub use step::{Belief, Change, Firewall, Key, Object, Outcome, PeerSpec, Seen, Step, Stray, VtepSpec};
-pub use unit::{CellConfig, Inputs, UnderlayDevice, Unit, VXLAN_OVERHEAD};
+pub use unit::{CellConfig, Inputs, OverlayIngress, UnderlayDevice, Unit, VXLAN_OVERHEAD};
 pub use wave::Fault;
 
 use crate::address::{DeviceName, OverlayAddr};
 use crate::container::{Container, Handle, Owner, PortMapping};
 use crate::firewall::{Guard, limits_of};
 use crate::lease::{Lease, Peers};
-use crate::policy::{AppGuid, Policies};
+use crate::policy::{AppGuid, Policies, PolicyTag};
 use crate::profile::Known;
 use crate::reason::Reason;
 use groups::Groups;
@@ -82,6 +82,7 @@ impl Cell {
             ways: BTreeSet::new(),
             guard: Guard::default(),
             policies: Policies::new(),
+            router: None,
             roster: Roster::default(),
         };
         let mut cell = Self {
@@ -154,6 +155,18 @@ impl Cell {
                 self.replan(Unit::Container(handle));
             }
             self.replan(Unit::App(guid));
+        }
+        if self.inputs.router.is_some() {
+            self.replan(Unit::Base);
+        }
+    }
+
+    /// The tag by which routers on the overlay are known, as the policy server last said.
+    pub fn router(&mut self, tag: PolicyTag) {
+        let router = Some(tag).filter(|_| self.inputs.config.ingress != OverlayIngress::Off);
+        if self.inputs.router != router {
+            self.inputs.router = router;
+            self.replan(Unit::Base);
         }
     }
 

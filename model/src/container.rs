@@ -72,9 +72,23 @@ pub struct Owner {
     pub space_id: String,
     pub org_id: String,
     pub container_workload: String,
+    /// The ports that its app listens on: `8080, 2222`.
+    pub ports: String,
 }
 
 impl Owner {
+    /// The ports; and what is said in their place and is none, which spoils nothing else.
+    pub fn offered(&self) -> (BTreeSet<NonZeroU16>, Vec<&str>) {
+        let (mut ports, mut wrong) = (BTreeSet::new(), Vec::new());
+        for piece in self.ports.split(',').map(str::trim).filter(|piece| !piece.is_empty()) {
+            match piece.parse() {
+                Ok(port) => drop(ports.insert(port)),
+                Err(_) => wrong.push(piece),
+            }
+        }
+        (ports, wrong)
+    }
+
     /// The app as policies name it; health checks have none.
     pub fn app(&self) -> Option<AppGuid> {
         self.policy_group_id.parse().ok()

@@ -31,7 +31,7 @@ use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
 pub use app::app;
 pub use base::{Base, base};
 pub use limits::{Limit, Lines, limit, limits_of};
-pub use member::{is_leased, leased, member};
+pub use member::{exposed, is_leased, leased, member};
 pub use profile::{Chains, Layers, profile, refuses};
 pub use settings::settings;
 

@@ -1,8 +1,8 @@
 //! When to ask the policy server, and for what.
 //!
 //! A state machine without a clock, as [`crate::keeper`] is: [`Follow::on`] takes an event and the time and says what
-//! to do; [`Follow::next_deadline`] says when to wake it with [`Event::Due`] at the latest. Policies and security groups
-//! are followed alike, each with an interval of its own.
+//! to do; [`Follow::next_deadline`] says when to wake it with [`Event::Due`] at the latest. Policies, security groups and
+//! the tag of the overlay's routers are followed alike, each with an interval of its own.
 //!
 //! ```text
 //!           ┌──── due, or ids that the last answer did not cover ────┐
@@ -46,6 +46,8 @@ pub struct Ids {
 pub enum Subject {
     Policies,
     Groups,
+    /// The tag of the overlay's routers: of the whole foundation, whatever the cell has.
+    Router,
 }
 
 impl Ids {
@@ -54,6 +56,7 @@ impl Ids {
         match subject {
             Subject::Policies => self.apps.is_superset(&others.apps),
             Subject::Groups => self.spaces.is_superset(&others.spaces),
+            Subject::Router => true,
         }
     }
 }
@@ -104,37 +107,37 @@ pub struct Intervals {
     pub policies: Duration,
     /// None: security groups come with the containers, and the server is not asked for them.
     pub groups: Option<Duration>,
+    /// None: routers on the overlay are nobody here.
+    pub router: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]
 pub struct Follow {
     wanted: Option<Arc<Ids>>,
-    policies: Track,
-    groups: Option<Track>,
+    tracks: Vec<Track>,
 }
 
 impl Follow {
-    /// `policies` and `groups`: what a snapshot had is published already, under number 1.
-    pub fn start(intervals: Intervals, policies: bool, groups: bool) -> Self {
-        Self {
-            wanted: None,
-            policies: Track::new(Subject::Policies, intervals.policies, policies),
-            groups: intervals.groups.map(|interval| Track::new(Subject::Groups, interval, groups)),
-        }
+    /// `held`: what a snapshot had is published already, under number 1.
+    pub fn start(intervals: Intervals, held: &[Subject]) -> Self {
+        let Intervals { policies, groups, router } = intervals;
+        let followed =
+            [(Subject::Policies, Some(policies)), (Subject::Groups, groups), (Subject::Router, router)];
+        let track = |(subject, interval): (_, Option<_>)| {
+            Some(Track::new(subject, interval?, held.contains(&subject)))
+        };
+        Self { wanted: None, tracks: followed.into_iter().filter_map(track).collect() }
     }
 
     /// None while all that can happen next is the end of an ask, or ids.
     pub fn next_deadline(&self) -> Option<Duration> {
         self.wanted.as_ref()?;
-        [Some(&self.policies), self.groups.as_ref()].into_iter().flatten().filter_map(Track::deadline).min()
+        self.tracks.iter().filter_map(Track::deadline).min()
     }
 
     /// When the server last confirmed it; none: not since the start.
     pub fn confirmed_at(&self, subject: Subject) -> Option<Duration> {
-        match subject {
-            Subject::Policies => self.policies.confirmed_at,
-            Subject::Groups => self.groups.as_ref()?.confirmed_at,
-        }
+        self.tracks.iter().find(|track| track.subject == subject)?.confirmed_at
     }
 
     /// `now` counts from any origin and never falls; `pick(n)` is uniform in `0..n`.
@@ -155,17 +158,13 @@ impl Follow {
             }
         }
         if let Some(wanted) = &self.wanted {
-            let tracks = [Some(&mut self.policies), self.groups.as_mut()];
-            acts.extend(tracks.into_iter().flatten().filter_map(|track| track.next(wanted, now)));
+            acts.extend(self.tracks.iter_mut().filter_map(|track| track.next(wanted, now)));
         }
         acts
     }
 
     fn track(&mut self, subject: Subject) -> Option<&mut Track> {
-        match subject {
-            Subject::Policies => Some(&mut self.policies),
-            Subject::Groups => self.groups.as_mut(),
-        }
+        self.tracks.iter_mut().find(|track| track.subject == subject)
     }
 }
 
@@ -176,7 +175,7 @@ struct Published {
     stamp: Option<Stamp>,
 }
 
-/// One of the two things that are followed.
+/// One of the things that are followed.
 #[derive(Debug, Clone)]
 struct Track {
     subject: Subject,

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use crate::address::{DeviceName, UnderlayAddr};
 use crate::asg::{AddrRange, EgressRule, PortRange, Traffic};
 use crate::cell::{
-    Belief, Cell, CellConfig, Change, Dropped, Firewall, Key, Object, Outcome, Seen, Step, UnderlayDevice,
-    Wanted,
+    Belief, Cell, CellConfig, Change, Dropped, Firewall, Key, Object, Outcome, OverlayIngress, Seen, Step,
+    UnderlayDevice, Wanted,
 };
 use crate::container::{Handle, Owner, PortMapping};
 use crate::firewall::{Content, Guard, Part};
@@ -39,6 +39,8 @@ pub enum Move {
     Assign(u8, u8),
     /// Policies: source, destination, first port.
     Policies(BTreeSet<(u8, u8, u8)>),
+    /// The tag of the overlay's routers.
+    Router(u8),
     Guard(bool),
     /// Another device leads to the world.
     Way(bool),
@@ -83,6 +85,7 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
         1 => prop_oneof![Just(1500), Just(1400), Just(9000)].prop_map(Move::UnderlayMtu),
         6 => (0u8..6, 0u8..4).prop_map(|(n, profile)| Move::Add(n, profile)),
         3 => proptest::collection::btree_set((0u8..4, 0u8..4, 0u8..3), 0..6).prop_map(Move::Policies),
+        1 => (1u8..4).prop_map(Move::Router),
         1 => any::<bool>().prop_map(Move::Guard),
         1 => any::<bool>().prop_map(Move::Way),
         4 => (0u8..6).prop_map(Move::Drop),
@@ -97,15 +100,24 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
 
 /// The cell that walks: 10.0.0.100 on an underlay device with this index.
 pub fn start(device: u32) -> Cell {
-    let mut cell = Cell::new(CellConfig {
+    start_with(device, |_| ())
+}
+
+/// With other settings.
+pub fn start_with(device: u32, settings: impl FnOnce(&mut CellConfig)) -> Cell {
+    let mut config = CellConfig {
         vtep_name: "silk-vtep".parse().expect("name"),
         vtep_port: 4789,
         underlay: underlay(100),
         overlay: "10.255.0.0/16".parse().expect("network"),
         mtu: None,
         policy: true,
+        cut: false,
+        ingress: OverlayIngress::Taken,
         log_group: 2312,
-    });
+    };
+    settings(&mut config);
+    let mut cell = Cell::new(config);
     cell.underlay(Some(UnderlayDevice { index: device, mtu: 1500 }));
     cell.ways(way(false).into_iter().collect());
     cell.leases(Some(Lease::new(underlay(100), subnet(1))), &Peers::new());
@@ -129,7 +141,11 @@ fn wanted_as(n: u8, kind: u8) -> Wanted {
         handle: handle(n),
         interface: "eth0".parse().expect("name"),
         mtu: None,
-        owner: Owner { policy_group_id: app(n % 4).to_string(), ..Owner::default() },
+        owner: Owner {
+            policy_group_id: app(n % 4).to_string(),
+            ports: format!("8080, {}", 2222 + u16::from(n)),
+            ..Owner::default()
+        },
         ports: if kind % 2 == 1 { vec![mapping] } else { Vec::new() },
         profile: Arc::new(profile(kind / 2).into()),
     }
@@ -139,10 +155,14 @@ pub fn app(n: u8) -> AppGuid {
     format!("app-{n}").parse().expect("guid")
 }
 
+fn tag_of(n: u8) -> PolicyTag {
+    PolicyTag::new(u16::from(n).try_into().expect("tag"))
+}
+
 fn policy((source, destination, port): &(u8, u8, u8)) -> Policy {
     Policy {
         source: app(*source),
-        source_tag: PolicyTag::new((u16::from(*source) + 1).try_into().expect("tag")),
+        source_tag: tag_of(*source + 1),
         destination: app(*destination),
         transport: Transport::Tcp,
         ports: PortRange::new(8080 + u16::from(*port), 8081 + u16::from(*port)).expect("range"),
@@ -198,6 +218,7 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
         }
         Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
         Move::Policies(all) => cell.policies(by_app(all.iter().map(policy))),
+        Move::Router(tag) => cell.router(tag_of(*tag)),
         Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),
         Move::Way(second) => cell.ways(way(*second).into_iter().collect()),
         Move::Add(n, kind) => {

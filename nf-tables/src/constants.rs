@@ -283,6 +283,7 @@ constants! {
         NFT_META_IIFNAME = 6;
         NFT_META_OIFNAME = 7;
         NFT_CT_STATE = 0;
+        NFT_CT_DIRECTION = 1;
         NFT_CT_MARK = 3;
         NFT_PAYLOAD_NETWORK_HEADER = 1;
         NFT_PAYLOAD_TRANSPORT_HEADER = 2;

@@ -322,6 +322,7 @@ fn meta_key(load: Metadata) -> u32 {
 fn ct_key(load: Connection) -> u32 {
     match load {
         Connection::State => NFT_CT_STATE,
+        Connection::Direction => NFT_CT_DIRECTION,
         Connection::Mark => NFT_CT_MARK,
     }
 }

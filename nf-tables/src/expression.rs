@@ -101,6 +101,8 @@ pub enum Metadata {
 pub enum Connection {
     /// Four bytes, the machine's order: INVALID 1, ESTABLISHED 2, RELATED 4, NEW 8, UNTRACKED 64.
     State,
+    /// One byte: 0 as the packet that began the connection, 1 as an answer.
+    Direction,
     Mark,
 }
 

@@ -46,6 +46,8 @@ pub struct Packet {
     pub out_name: Option<String>,
     /// As [`Connection::State`] loads it.
     pub state: u32,
+    /// Whether it goes the way of the connection's answers.
+    pub answers: bool,
     pub connection_mark: u32,
 }
 
@@ -185,13 +187,11 @@ impl<'p> Run<'p> {
             Expression::Meta { load, to } => return Ok(self.load(*load, *to, packet)),
             Expression::SetMark { from } => packet.mark = self.word(*from),
             Expression::SetCtMark { from } => packet.connection_mark = self.word(*from),
-            Expression::Ct { load, to } => {
-                let value = match load {
-                    Connection::State => packet.state,
-                    Connection::Mark => packet.connection_mark,
-                };
-                self.write(*to, &value.to_ne_bytes());
-            }
+            Expression::Ct { load, to } => match load {
+                Connection::State => self.write(*to, &packet.state.to_ne_bytes()),
+                Connection::Direction => self.write(*to, &[u8::from(packet.answers)]),
+                Connection::Mark => self.write(*to, &packet.connection_mark.to_ne_bytes()),
+            },
             Expression::Payload { header, offset, len, to } => {
                 let bytes = match header {
                     Header::Network => &packet.network,

@@ -305,6 +305,7 @@ impl<K: Kernel> Running<K> {
             Request::Add { wanted, namespace, reply } => match self.task.cell.add(wanted) {
                 Ok(container) => {
                     namespaces.insert(container.addr, Arc::clone(&namespace));
+                    self.report_ports(&container);
                     asked.push(Asked::Add { container, namespace, reply });
                 }
                 Err(reason) => drop(reply.send(Err(self.explained(reason)))),

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 use weft_daemon::log::Format;
 use weft_daemon::tls::Files;
 use weft_model::address::{DeviceName, UnderlayAddr};
-use weft_model::cell::CellConfig;
+use weft_model::cell::{CellConfig, OverlayIngress};
 use weft_model::follow::Intervals;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
 
@@ -66,6 +66,12 @@ pub struct Config {
     /// Every container reaches every other, on all cells. If false, only where a policy lets it.
     #[serde(default)]
     pub disable_container_network_policy: bool,
+    /// Policies count for each packet of a connection, not for its first one only.
+    #[serde(default)]
+    pub cut_connections_of_removed_policies: bool,
+    /// Routers on the overlay reach containers; with `single_ip_only` this machine is such a router.
+    #[serde(default)]
+    pub enable_overlay_ingress_rules: bool,
     /// Addresses of the networks on which containers reach the world; none: `underlay_ip` alone.
     #[serde(default)]
     pub underlay_ips: Vec<Ipv4Addr>,
@@ -115,6 +121,8 @@ pub struct Config {
 
 /// What silk's agent waits for an answer.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// How often the tag of the overlay's routers is asked for. It changes only with the policy server's database.
+const ROUTER_INTERVAL: Duration = Duration::from_secs(60);
 
 mod default {
     use super::{DeviceName, OverlayNetwork, PathBuf, SocketAddr};
@@ -177,6 +185,8 @@ mod default {
 pub enum Refused {
     #[error("underlay_ip: {0} lies within overlay_network {1}; the two must be apart")]
     UnderlayInOverlay(UnderlayAddr, OverlayNetwork),
+    #[error("enable_overlay_ingress_rules: needs policy_server, which gives the routers' tag")]
+    RoutersUnknown,
     #[error("{0}: must be given with policy_server")]
     PolicyServerFile(&'static str),
     #[error("{0}: {1} is not a number of seconds from 0.1 to 86,400")]
@@ -197,6 +207,9 @@ impl Config {
             if self.policy_server.is_some() && file.as_os_str().is_empty() {
                 return Err(Refused::PolicyServerFile(field));
             }
+        }
+        if self.enable_overlay_ingress_rules && self.policy_server.is_none() {
+            return Err(Refused::RoutersUnknown);
         }
         for (field, seconds) in [
             ("policy_poll_interval_seconds", self.policy_poll_interval_seconds),
@@ -222,6 +235,7 @@ impl Config {
             intervals: Intervals {
                 policies: Duration::from_secs_f64(self.policy_poll_interval_seconds),
                 groups: self.enable_asg_syncing.then_some(groups),
+                router: self.enable_overlay_ingress_rules.then_some(ROUTER_INTERVAL),
             },
             state_directory: self.state_directory.clone(),
         })
@@ -243,6 +257,12 @@ impl Config {
             overlay: self.overlay_network,
             mtu: (self.mtu != 0).then_some(self.mtu),
             policy: !self.disable_container_network_policy,
+            cut: self.cut_connections_of_removed_policies,
+            ingress: match (self.enable_overlay_ingress_rules, self.single_ip_only) {
+                (false, _) => OverlayIngress::Off,
+                (true, false) => OverlayIngress::Taken,
+                (true, true) => OverlayIngress::Sent,
+            },
             log_group: self.traffic_log_group,
         }
     }
@@ -333,6 +353,7 @@ mod tests {
             ("disable_container_network_policy", json!("no")),
             ("underlay_ips", json!(["fe80::1"])),
             ("policy_server", json!("http://policy-server:4003")),
+            ("enable_overlay_ingress_rules", json!(true)),
             ("policy_poll_interval_seconds", json!(0)),
             ("asg_poll_interval_seconds", json!(1e9)),
             ("cell_id", json!("")),

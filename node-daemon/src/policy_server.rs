@@ -1,4 +1,5 @@
-//! Follows Cloud Foundry's policy server: app-to-app policies, and dynamic security groups.
+//! Follows Cloud Foundry's policy server: app-to-app policies, dynamic security groups, and the tag of the overlay's
+//! routers.
 //!
 //! ```text
 //!  Ids of the cell ──▶ ┌───────┐ ──asks──▶ client ──▶ policy server (HTTP/1.1, mutual TLS)
@@ -29,7 +30,7 @@ use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 use weft_model::asg::group::SecurityGroup;
 use weft_model::follow::{Act, Event, Follow, Ids, Intervals, Outcome, Subject};
-use weft_model::policy::Policies;
+use weft_model::policy::{Policies, PolicyTag};
 
 pub use answer::Listed;
 pub use client::{AskError, Client, Groups, Parts, Server};
@@ -59,6 +60,7 @@ pub struct Known {
     /// None: nothing is known yet, which is not the same as that there are no policies.
     pub policies: Option<Told<Policies>>,
     pub groups: Option<Told<[SecurityGroup]>>,
+    pub router: Option<Told<PolicyTag>>,
     /// Why the server could not be asked of late.
     pub lost: BTreeMap<Subject, String>,
 }
@@ -86,6 +88,7 @@ impl<T: ?Sized> Clone for Told<T> {
 pub struct Applied {
     pub policies: u64,
     pub groups: u64,
+    pub router: u64,
 }
 
 /// Follows the server until no one tells it of the cell any more. The first ids are those that are there at the start.
@@ -96,19 +99,32 @@ pub async fn run(
     mut applied: watch::Receiver<Applied>,
 ) {
     let origin = Instant::now();
-    let groups = config.intervals.groups.is_some();
+    let Intervals { groups, router, .. } = config.intervals;
     let known = Known {
         policies: load::<Policies>(&config, Subject::Policies).await.map(told),
         groups: match groups {
-            true => load::<Arc<[SecurityGroup]>>(&config, Subject::Groups).await.map(told_groups),
-            false => None,
+            Some(_) => load::<Arc<[SecurityGroup]>>(&config, Subject::Groups).await.map(told_groups),
+            None => None,
+        },
+        router: match router {
+            Some(_) => load::<PolicyTag>(&config, Subject::Router).await.map(told),
+            None => None,
         },
         lost: BTreeMap::new(),
     };
-    let mut follow = Follow::start(config.intervals, known.policies.is_some(), known.groups.is_some());
+    let held = [
+        (Subject::Policies, known.policies.is_some()),
+        (Subject::Groups, known.groups.is_some()),
+        (Subject::Router, known.router.is_some()),
+    ];
+    let held: Vec<Subject> = held.into_iter().filter(|(_, held)| *held).map(|(subject, _)| subject).collect();
+    let mut follow = Follow::start(config.intervals, &held);
     out.send_replace(known);
+    let client = || Arc::new(Client::new(config.server.clone()));
     let mut run = Run {
-        clients: [Subject::Policies, Subject::Groups].map(|_| Arc::new(Client::new(config.server.clone()))),
+        clients: [Subject::Policies, Subject::Groups, Subject::Router]
+            .map(|subject| (subject, client()))
+            .into(),
         config,
         out,
         asks: FuturesUnordered::new(),
@@ -125,8 +141,12 @@ pub async fn run(
             },
             changed = applied.changed() => match changed {
                 Ok(()) => {
-                    let Applied { policies, groups } = *applied.borrow_and_update();
-                    vec![Event::Applied(Subject::Policies, policies), Event::Applied(Subject::Groups, groups)]
+                    let Applied { policies, groups, router } = *applied.borrow_and_update();
+                    vec![
+                        Event::Applied(Subject::Policies, policies),
+                        Event::Applied(Subject::Groups, groups),
+                        Event::Applied(Subject::Router, router),
+                    ]
                 }
                 Err(_) => return,
             },
@@ -143,8 +163,8 @@ pub async fn run(
 
 struct Run {
     config: Config,
-    /// One for each subject, so that neither waits for the other.
-    clients: [Arc<Client>; 2],
+    /// One for each subject, so that none waits for another.
+    clients: BTreeMap<Subject, Arc<Client>>,
     out: watch::Sender<Known>,
     asks: FuturesUnordered<BoxFuture<'static, (Subject, Result<Answer, String>)>>,
     /// The answer that is being dealt with.
@@ -172,8 +192,7 @@ impl Run {
     async fn act(&mut self, act: Act) {
         match act {
             Act::Ask { subject, ids, unless } => {
-                let [policies, groups] = &self.clients;
-                let client = Arc::clone(if subject == Subject::Policies { policies } else { groups });
+                let client = Arc::clone(&self.clients[&subject]);
                 self.asks.push(Box::pin(async move {
                     let answer =
                         tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, unless));
@@ -195,6 +214,7 @@ impl Run {
                 self.out.send_if_modified(|known| match subject {
                     Subject::Policies => known.policies.as_mut().is_some_and(|told| told.confirm(ids, at)),
                     Subject::Groups => known.groups.as_mut().is_some_and(|told| told.confirm(ids, at)),
+                    Subject::Router => known.router.as_mut().is_some_and(|told| told.confirm(ids, at)),
                 });
             }
             Act::Save(subject) => self.save(subject).await,
@@ -211,11 +231,13 @@ impl Run {
 
     async fn save(&mut self, subject: Subject) {
         let directory = self.config.state_directory.clone();
-        let Known { policies, groups, .. } = self.out.borrow().clone();
+        let Known { policies, groups, router, .. } = self.out.borrow().clone();
         let saved = spawn_blocking(move || match subject {
             Subject::Policies => policies
                 .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
             Subject::Groups => groups
+                .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
+            Subject::Router => router
                 .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
         });
         if let Ok(Some(Err(error))) = saved.await {
@@ -246,7 +268,7 @@ impl<T: ?Sized> Told<T> {
     }
 }
 
-fn told(saved: Saved<Policies>) -> Told<Policies> {
+fn told<T>(saved: Saved<T>) -> Told<T> {
     Told { at: saved.at(), ids: saved.ids, value: Arc::new(saved.value), number: 1 }
 }
 

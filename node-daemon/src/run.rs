@@ -88,14 +88,10 @@ pub async fn run(config: Config) -> Result<()> {
         Some(settings) => Some(traffic_log(settings, config.traffic_log_group, &mut registry).await?),
         None => None,
     };
-    let policies = config.policy_server().map(|server| {
-        let groups = server.intervals.groups.is_some();
-        let (out, known) = watch::channel(policy_server::Known::default());
-        let (ids, wanted) = watch::channel(Arc::default());
-        let (applied, done) = watch::channel(policy_server::Applied::default());
-        tokio::spawn(policy_server::run(server, wanted, out, done));
-        Policies { known, ids, applied, groups }
-    });
+    let policies = match config.policy_server() {
+        Some(server) => Some(follow_policies(server).await),
+        None => None,
+    };
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
@@ -133,6 +129,19 @@ pub async fn run(config: Config) -> Result<()> {
     socket.serve(inbox, ended).await?;
     info!("stopped; everything in the kernel stays");
     Ok(())
+}
+
+/// Starts to follow the policy server. What it last said, before this node's start, is known from then on: the first wave
+/// must not take it from the kernel.
+async fn follow_policies(server: policy_server::Config) -> Policies {
+    let groups = server.intervals.groups.is_some();
+    let (out, mut known) = watch::channel(policy_server::Known::default());
+    let (ids, wanted) = watch::channel(Arc::default());
+    let (applied, done) = watch::channel(policy_server::Applied::default());
+    tokio::spawn(policy_server::run(server, wanted, out, done));
+    // An error only if that task has ended, and then there is nothing to wait for.
+    drop(known.changed().await);
+    Policies { known, ids, applied, groups }
 }
 
 /// Starts the traffic log; gives the way to tell it who is who.

@@ -22,6 +22,8 @@ mod many;
 mod overlay;
 #[path = "firewall/packet.rs"]
 mod packet;
+#[path = "firewall/policies.rs"]
+mod policies;
 #[path = "firewall/random.rs"]
 mod random;
 #[path = "firewall/rows.rs"]

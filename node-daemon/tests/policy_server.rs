@@ -67,6 +67,24 @@ async fn answers_are_json_whatever_they_say_they_are() {
 }
 
 #[tokio::test]
+async fn the_routers_are_asked_for_by_name_and_nobody_elses_tag_is_taken() {
+    let answers = |id: &str, tag: &str| ok(json!({ "id": id, "tag": tag, "type": "router" }));
+    let world = World::start(move |_| answers("INGRESS_ROUTER", "00FF")).await;
+    let client = world.client();
+    assert_eq!(client.router_tag().await.unwrap().get(), 255);
+    let asked = r#"PUT /networking/v1/internal/tags {"id":"INGRESS_ROUTER","type":"router"}"#;
+    assert_eq!(world.asked(), [asked]);
+    for (id, tag) in [("other", "0001"), ("INGRESS_ROUTER", "0000"), ("INGRESS_ROUTER", "10000")] {
+        world.answer(move |_| answers(id, tag));
+        let error = chain(&client.router_tag().await.unwrap_err());
+        assert!(error.contains("has no tag of theirs") && error.contains(tag), "{error}");
+    }
+    world.answer(|_| Reply::Text(500, r#"{"error": "database create failed"}"#.into()));
+    let error = chain(&client.router_tag().await.unwrap_err());
+    assert!(error.contains("database create failed"), "{error}");
+}
+
+#[tokio::test]
 async fn many_ids_are_asked_about_in_parts_and_all_must_be_answered() {
     let names: Vec<String> = (0..500).map(|n| format!("{n:036}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -224,11 +242,12 @@ struct Following {
     task: tokio::task::JoinHandle<()>,
 }
 
-fn follow(world: &World, ids: Ids) -> Following {
+/// `router`: their tag as well.
+fn follow(world: &World, ids: Ids, router: bool) -> Following {
     let often = Duration::from_millis(100);
     let config = Config {
         server: world.server(&world.files, Duration::from_secs(60)),
-        intervals: Intervals { policies: often, groups: Some(often) },
+        intervals: Intervals { policies: often, groups: Some(often), router: router.then_some(often) },
         state_directory: world.directory.path().to_owned(),
     };
     let (ids, wanted) = watch::channel(Arc::new(ids));
@@ -248,6 +267,33 @@ fn ids(names: &[&str]) -> Ids {
     Ids { apps: apps(names), spaces: spaces(names) }
 }
 
+/// What is wrong with one of them is nothing to the others; and their tag outlives both sides.
+#[tokio::test]
+async fn the_routers_tag_is_followed_by_itself() {
+    let tags = |path: &str| path.ends_with("}");
+    let world = World::start(move |path| match path {
+        path if path.ends_with("last_updated") => ok(1),
+        path if path.starts_with(POLICIES) => list(&[policy("a", "0001", "b")]),
+        path if tags(path) => Reply::Text(500, r#"{"error": "database create failed"}"#.into()),
+        _ => page(0, &[]),
+    })
+    .await;
+    let tag = |known: &Known| known.router.as_ref().map(|told| told.value.get());
+    let lost = |known: &Known| known.lost.keys().copied().collect::<Vec<_>>();
+    let mut following = follow(&world, ids(&["a"]), true);
+    let known = until(&mut following.known, |known| known.policies.is_some() && !known.lost.is_empty()).await;
+    assert_eq!((tag(&known), lost(&known)), (None, vec![Subject::Router]));
+    world.answer(|_| ok(json!({ "id": "INGRESS_ROUTER", "tag": "0002", "type": "router" })));
+    until(&mut following.known, |known| tag(known) == Some(2)).await;
+    drop(following.ids);
+    following.task.await.unwrap();
+
+    world.answer(|_| Reply::Silence);
+    let mut following = follow(&world, ids(&["a"]), true);
+    let known = until(&mut following.known, |known| known.router.is_some()).await;
+    assert_eq!(tag(&known), Some(2));
+}
+
 #[tokio::test]
 async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
     let stamp = Arc::new(AtomicI64::new(1));
@@ -261,7 +307,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
         if path.starts_with(POLICIES) { list(&[policy("a", &tag, "b")]) } else { page(0, &[&tag]) }
     };
     let world = World::start(answers.clone()).await;
-    let mut following = follow(&world, ids(&["a"]));
+    let mut following = follow(&world, ids(&["a"]), false);
     let tag = |known: &Known| {
         let told = known.policies.as_ref()?;
         Some(told.value.get(&"a".parse::<AppGuid>().ok()?)?.tag?.get())
@@ -273,7 +319,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
     assert_eq!((number(&known), known.policies.as_ref().unwrap().ids.apps.clone()), (1, apps(&["a"])));
 
     // Once applied, only the stamp is asked for.
-    following.applied.send_replace(Applied { policies: 1, groups: 1 });
+    following.applied.send_replace(Applied { policies: 1, groups: 1, router: 0 });
     let fetches = |asked: Vec<String>| asked.iter().filter(|path| path.contains('?')).count();
     loop {
         world.asked();
@@ -306,7 +352,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
         assert!(world.directory.path().join(file).exists());
     }
     fs::write(world.directory.path().join("security-groups.json"), "{").unwrap();
-    let mut following = follow(&world, ids(&["a"]));
+    let mut following = follow(&world, ids(&["a"]), false);
     let away = until(&mut following.known, |known| known.lost.len() == 2).await;
     assert_eq!((tag(&away), group(&away)), (Some(2), None));
 

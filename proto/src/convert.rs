@@ -172,6 +172,7 @@ pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
             org_id: owner.org_id,
             container_workload: owner.container_workload,
             policy_group_id: owner.policy_group_id,
+            ports: owner.ports,
         },
         ports: ports_from(request.ports)?,
         settings: request.settings.map_or_else(|| Ok(Settings::default()), settings_from)?,
@@ -226,6 +227,7 @@ pub fn owner_to(owner: &container::Owner) -> node::Owner {
         org_id: owner.org_id.clone(),
         container_workload: owner.container_workload.clone(),
         policy_group_id: owner.policy_group_id.clone(),
+        ports: owner.ports.clone(),
     }
 }
 

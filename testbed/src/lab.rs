@@ -14,6 +14,7 @@ mod claim;
 mod controller;
 mod document;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
@@ -66,6 +67,8 @@ pub struct Options {
     pub controller: Map<String, Value>,
     /// Properties that replace or complete those of every node.
     pub node: Map<String, Value>,
+    /// The same for the node of one cell, by the cell's name.
+    pub only: BTreeMap<String, Map<String, Value>>,
     /// Keys that replace or complete those of the plugin in every cell's conflist: `dns_servers`, …
     pub plugin: Map<String, Value>,
 }
@@ -83,6 +86,7 @@ impl Options {
             progress: false,
             controller: Map::new(),
             node: Map::new(),
+            only: BTreeMap::new(),
             plugin: Map::new(),
         })
     }

@@ -27,6 +27,7 @@ pub(super) fn owner(conf: &Fields<'_>) -> Result<Owner, Reason> {
         org_id: property("org_id"),
         container_workload: property("container_workload"),
         policy_group_id: property("policy_group_id"),
+        ports: property("ports"),
     })
 }
 

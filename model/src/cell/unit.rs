@@ -10,11 +10,11 @@ use crate::cell::roster::{Presence, Roster};
 use crate::cell::step::{Key, Object, PeerSpec, VtepSpec};
 use crate::container::Handle;
 use crate::firewall::{
-    Base, Guard, Limit, Planned, app, base, leased, limit, limits_of, member, profile, settings,
+    Base, Guard, Limit, Planned, app, base, exposed, leased, limit, limits_of, member, profile, settings,
 };
 use crate::lease::Lease;
 use crate::link::LinkSpec;
-use crate::policy::{AppGuid, Policies};
+use crate::policy::{AppGuid, AppPolicies, Policies, PolicyTag};
 use crate::profile::Digest;
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
 
@@ -33,8 +33,23 @@ pub struct CellConfig {
     /// Whether containers reach each other only where a policy lets them; if not, all reach all
     /// (`disable_container_network_policy`).
     pub policy: bool,
+    /// Whether policies count for each packet, and not for a connection's first one only
+    /// (`cut_connections_of_removed_policies`).
+    pub cut: bool,
+    pub ingress: OverlayIngress,
     /// The NFLOG group of the traffic log.
     pub log_group: u16,
+}
+
+/// What the tag of the overlay's routers means here (`enable_overlay_ingress_rules`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum OverlayIngress {
+    #[default]
+    Off,
+    /// Who has it reaches the ports that containers offer.
+    Taken,
+    /// This machine is such a router (`single_ip_only`): its own packets to the overlay carry it.
+    Sent,
 }
 
 /// The device that owns the underlay address.
@@ -58,6 +73,8 @@ pub struct Inputs {
     pub ways: BTreeSet<DeviceName>,
     pub guard: Guard,
     pub policies: Policies,
+    /// The tag of the overlay's routers as the policy server last gave it, if it means anything here.
+    pub router: Option<PolicyTag>,
     pub roster: Roster,
 }
 
@@ -66,6 +83,17 @@ impl Inputs {
     pub fn mtu(&self) -> Option<u32> {
         let fits = self.device?.mtu.saturating_sub(VXLAN_OVERHEAD);
         Some(self.config.mtu.map_or(fits, |mtu| mtu.min(fits)))
+    }
+
+    /// The routers' tag, unless policies say that it is an app's, as they may when the policy server has lost its data:
+    /// then it is nobody's, until the two agree.
+    pub fn router(&self) -> Option<PolicyTag> {
+        let is = |tag: PolicyTag| {
+            let of =
+                |app: &AppPolicies| app.tag == Some(tag) || app.inbound.iter().any(|from| from.tag == tag);
+            self.policies.values().any(|app| of(app))
+        };
+        self.router.filter(|tag| !is(*tag))
     }
 
     /// Without a lease or a device, what should be on the overlay is not known, which is not the same as nothing.
@@ -97,7 +125,7 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
     match unit {
         Unit::Base => {
             let Inputs { config, ways, guard, .. } = inputs;
-            firewall(base(&Base { config, ways, guard: *guard }))
+            firewall(base(&Base { config, ways, guard: *guard, router: inputs.router() }))
         }
         Unit::Vtep => vtep(inputs).into_iter().collect(),
         Unit::Peer(subnet) => peer(*subnet, inputs).into_iter().collect(),
@@ -130,6 +158,9 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
                 let policies = policies.map(|policies| &**policies);
                 let known = known.map(|known| &**known);
                 let mut planned = firewall(member(container, known, policies, &inputs.config));
+                if inputs.config.ingress == OverlayIngress::Taken {
+                    planned.extend(firewall(exposed(container)));
+                }
                 planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
                 planned
             }

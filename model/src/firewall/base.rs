@@ -20,7 +20,8 @@ use nf_tables::{Base as Hooked, Chain, Data, Field, Hook, Key, Kind, Ranges, Rul
 use super::draft::{ESTABLISHED, INVALID, Part as Of, RELATED, TCP, UDP, rule};
 use super::{Content, Guard, INGRESS, INGRESS_CONNECTION, Part, Planned, REFUSED, chain, element, name, set};
 use crate::address::DeviceName;
-use crate::cell::CellConfig;
+use crate::cell::{CellConfig, OverlayIngress};
+use crate::policy::PolicyTag;
 
 /// Before the chains of iptables, whose filter tables have priority 0.
 const BEFORE_IPTABLES: i32 = -10;
@@ -36,6 +37,9 @@ const AZURE: [u8; 4] = [168, 63, 129, 16];
 const AZURE_PORTS: [u16; 2] = [80, 32526];
 const DNS: u16 = 53;
 
+/// The comment of the rule that lets the overlay's routers in.
+pub(super) const ROUTERS: &str = "overlay ingress";
+
 /// What the base is made from.
 #[derive(Debug)]
 pub struct Base<'a> {
@@ -43,11 +47,20 @@ pub struct Base<'a> {
     /// Devices that lead to the world.
     pub ways: &'a BTreeSet<DeviceName>,
     pub guard: Guard,
+    /// The tag of the overlay's routers.
+    pub router: Option<PolicyTag>,
 }
 
 pub fn base(base: &Base<'_>) -> Planned {
     let mut planned = vec![(Part::Table, Content::Table)];
     planned.extend(maps());
+    match (base.config.ingress, base.router) {
+        (OverlayIngress::Off, _) | (OverlayIngress::Sent, None) => {}
+        (OverlayIngress::Taken, _) => planned.push(exposed()),
+        (OverlayIngress::Sent, Some(tag)) => {
+            planned.push(hooked("output", Kind::Filter, Hook::Output, BEFORE_IPTABLES, base.output(tag)));
+        }
+    }
     planned.extend(METADATA.map(|addr| element("metadata", addr.to_vec(), Data::Nothing)));
     planned.push(element("metadata", AZURE.to_vec(), Data::Nothing));
     planned.extend([
@@ -57,7 +70,7 @@ pub fn base(base: &Base<'_>) -> Planned {
         chain("to-overlay", base.to_overlay()),
         chain("egress", egress()),
         chain("metadata-rules", metadata()),
-        chain("received", received()),
+        chain("received", base.received()),
         chain("newcomers", base.newcomers()),
         chain("strangers", strangers()),
         hooked("input", Kind::Filter, Hook::Input, BEFORE_IPTABLES, base.input()),
@@ -135,13 +148,10 @@ fn strangers() -> Vec<Rule> {
     vec![rule("logged").verdict_from(&name("uninvited"), &[Of::Destination]), rule("no policy").reject()]
 }
 
-/// dataplane.md, "To a container".
-fn received() -> Vec<Rule> {
-    vec![
-        rule("not IPv4").not_ipv4().drop(),
-        rule("established").state(ESTABLISHED | RELATED).let_in(),
-        rule("new").goto("newcomers"),
-    ]
+/// dataplane.md, "Overlay ingress": the ports of containers that routers reach.
+fn exposed() -> (Part, Content) {
+    let key = Key::from([Field::Ipv4, Field::Port]);
+    set("exposed", Set { key, target: Target::Nothing, ranges: false, dynamic: None }, Ranges::default())
 }
 
 impl Base<'_> {
@@ -171,14 +181,33 @@ impl Base<'_> {
     }
 
     fn sent_by_container(&self) -> Vec<Rule> {
-        let mut rules = vec![
-            rule("forged frames of the overlay").protocol(UDP).port(self.config.vtep_port).reject(),
+        let mut rules =
+            vec![rule("forged frames of the overlay").protocol(UDP).port(self.config.vtep_port).reject()];
+        if self.config.cut {
+            let asks = rule("asks a container of this cell").out_by_link().state(!RELATED).answers(false);
+            rules.push(asks.goto("newcomers"));
+        }
+        rules.extend([
             rule("established").state(ESTABLISHED | RELATED).accept(),
             rule("to a container of this cell").out_by_link().goto("newcomers"),
             rule("to another cell").out_by(&self.config.vtep_name).goto("to-overlay"),
-        ];
+        ]);
         rules.extend(self.ways.iter().map(|way| rule("to the world").out_by(way).goto("egress")));
         rules.push(rule("on no way to the world").reject());
+        rules
+    }
+
+    /// dataplane.md, "To a container", "Connections of removed policies".
+    fn received(&self) -> Vec<Rule> {
+        let mut rules = vec![rule("not IPv4").not_ipv4().drop()];
+        match self.config.cut {
+            true => rules.extend([
+                rule("an answer").state(ESTABLISHED).answers(true).let_in(),
+                rule("related").state(RELATED).let_in(),
+            ]),
+            false => rules.push(rule("established").state(ESTABLISHED | RELATED).let_in()),
+        }
+        rules.push(rule("new").goto("newcomers"));
         rules
     }
 
@@ -197,6 +226,10 @@ impl Base<'_> {
             let overlay = self.config.overlay.get();
             let open = rule("policies are disabled").ipv4().source_in(overlay).destination_in(overlay);
             rules.push(open.let_in());
+        }
+        if let (OverlayIngress::Taken, Some(tag)) = (self.config.ingress, self.router) {
+            let from = rule(ROUTERS).in_by(&self.config.vtep_name).tag(tag).ipv4().protocol(TCP);
+            rules.push(from.in_set(&name("exposed"), &[Of::Destination, Of::Port]).let_in());
         }
         rules.push(rule("policies of the app").ipv4().verdict_from(&name("apps"), &[Of::Destination]));
         rules.push(rule("no policies").goto("strangers"));
@@ -218,6 +251,11 @@ impl Base<'_> {
                 .state(!(ESTABLISHED | RELATED))
                 .goto("refused-by-cell"),
         ]
+    }
+
+    /// dataplane.md, "Overlay ingress".
+    fn output(&self, tag: PolicyTag) -> Vec<Rule> {
+        vec![rule("the routers' tag").out_by(&self.config.vtep_name).mark(tag.get().into()).accept()]
     }
 
     fn asks_cell(&self) -> Vec<Rule> {

@@ -9,6 +9,7 @@ use nf_tables::{
 
 use crate::address::DeviceName;
 use crate::firewall::{ALLOWED, name};
+use crate::policy::PolicyTag;
 
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
@@ -117,6 +118,16 @@ impl Draft {
     pub(super) fn tagged(self) -> Self {
         let is = Comparison::NotEqual;
         self.part(Part::Tag, FIRST).add([Expression::Compare { from: FIRST, is, with: vec![0; 4] }])
+    }
+
+    /// Sent by one that has this tag.
+    pub(super) fn tag(self, tag: PolicyTag) -> Self {
+        self.part(Part::Tag, FIRST).equal(&u32::from(tag.get()).to_ne_bytes())
+    }
+
+    /// The way that the connection's first packet went, or the way of its answers.
+    pub(super) fn answers(self, answers: bool) -> Self {
+        self.add([Expression::Ct { load: Connection::Direction, to: FIRST }]).equal(&[answers.into()])
     }
 
     /// In one of these states.

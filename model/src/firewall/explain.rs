@@ -6,15 +6,17 @@ use std::net::Ipv4Addr;
 use nf_tables::machine::{Broken, Decision, Outcome, Packet, Place, Program};
 use serde::Serialize;
 
+use super::base::ROUTERS;
 use super::draft::{ICMP, NEW, TCP, UDP};
 use super::{REFUSED, name};
 use crate::address::{DeviceName, OverlayAddr};
 use crate::asg::{EgressRule, Traffic};
-use crate::cell::{Inputs, Presence};
+use crate::cell::{Inputs, OverlayIngress, Presence};
 use crate::container::{Container, Handle};
 use crate::link;
 use crate::policy::{AppGuid, Inbound};
 use crate::profile::{Profile, Transport};
+use crate::subnet::OverlaySubnet;
 use crate::traffic::{self, Decision as Told};
 
 /// The first packet of a connection.
@@ -144,15 +146,18 @@ pub fn explain(
 ) -> Result<Explanation, Broken> {
     let sender = present(inputs, from);
     let mut packet = packet(from, to, probe);
+    let own = is_own(inputs, from);
     packet.in_name = match sender {
         Some(container) => Some(link::host_name(container.addr).to_string()),
-        None => came_by(inputs, from).map(|device| device.to_string()),
+        None => came_by(inputs, from).filter(|_| !own).map(|device| device.to_string()),
     };
     packet.in_index = sender.map(|container| link::index(container.addr));
+    let router = inputs.router().filter(|_| is_router(inputs, from));
+    packet.mark = router.map_or(0, |tag| tag.get().into());
 
-    let mapping = program.run(&name("port-mapping"), &mut packet)?;
     let (mut dst, mut probe, mut mapped_to) = (to, probe, None);
-    if let Outcome::Dnat { addr, port } = mapping.outcome {
+    // What the cell itself sends does not pass there.
+    if !own && let Outcome::Dnat { addr, port } = program.run(&name("port-mapping"), &mut packet)?.outcome {
         dst = addr.into();
         probe = Probe::Tcp { port };
         mapped_to = Some(format!("{dst}:{port}"));
@@ -176,9 +181,12 @@ pub fn explain(
         Route::Cell => "input",
         Route::Device(device) => {
             packet.out_name = Some(device.to_string());
-            "forward"
+            if own { "output" } else { "forward" }
         }
     };
+    if chain == "output" && !program.chains.contains_key(&name(chain)) {
+        return Ok(told(Verdict::Allowed, None, "none of ours: what the cell itself sends is not filtered"));
+    }
     let decision = program.run(&name(chain), &mut packet)?;
     let refused_later = chain == "input" && packet.mark == REFUSED;
     let verdict = match decision.outcome {
@@ -215,6 +223,17 @@ fn present(inputs: &Inputs, addr: Ipv4Addr) -> Option<&Container> {
     (presence == Presence::Present).then_some(container)
 }
 
+fn is_own(inputs: &Inputs, addr: Ipv4Addr) -> bool {
+    let gateway = inputs.lease.map(|lease| lease.subnet.gateway());
+    addr == inputs.config.underlay.get() || Some(addr) == gateway
+}
+
+/// A machine with a single address on the overlay runs no containers: its packets are taken to carry the routers' tag.
+fn is_router(inputs: &Inputs, from: Ipv4Addr) -> bool {
+    let single = OverlaySubnet::Single(from);
+    inputs.config.ingress == OverlayIngress::Taken && inputs.peers.contains_key(&single)
+}
+
 /// The device by which a packet of somebody who is no container of this cell comes in.
 fn came_by(inputs: &Inputs, from: Ipv4Addr) -> Option<&DeviceName> {
     let overlay = inputs.config.overlay.get().contains(from);
@@ -244,6 +263,10 @@ fn whose(
                 }
                 _ => of(&sender.handle, "settings and security groups"),
             }
+        }
+        _ if comment == ROUTERS || chain == "output" => {
+            let tag = inputs.router().map(|tag| tag.to_string()).unwrap_or_default();
+            format!("overlay ingress: routers' packets carry tag {tag}")
         }
         _ if chain.starts_with("app-") || chain == "strangers" || chain.starts_with("uninvited-") => {
             policy(inputs, sender, to, probe)

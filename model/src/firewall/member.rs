@@ -1,5 +1,8 @@
 //! One container's elements: where its packets are led, and what leads to it. And the cells whose frames are taken.
 
+use std::collections::BTreeSet;
+use std::num::NonZeroU16;
+
 use nf_tables::{Data, Name, Verdict};
 
 use super::app::app_chain;
@@ -51,6 +54,16 @@ pub fn member(
         element("ports", mapping.host.get().to_be_bytes().to_vec(), Data::Value(to))
     }));
     planned
+}
+
+/// The elements that let the overlay's routers in: to the ports that its app offers, and to those that are mapped, as a
+/// proxy's are.
+pub fn exposed(container: &Container) -> Planned {
+    let addr = container.addr.get().octets();
+    let mapped = container.ports.iter().map(|mapping| mapping.container);
+    let ports: BTreeSet<NonZeroU16> = container.owner.offered().0.into_iter().chain(mapped).collect();
+    let key = |port: NonZeroU16| [&addr[..], &port.get().to_be_bytes(), &[0; 2]].concat();
+    ports.into_iter().map(|port| element("exposed", key(port), Data::Nothing)).collect()
 }
 
 /// The element that lets a cell's frames in.

@@ -4,7 +4,7 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 const INTERVALS: Intervals =
-    Intervals { policies: Duration::from_secs(5), groups: Some(Duration::from_secs(60)) };
+    Intervals { policies: Duration::from_secs(5), groups: Some(Duration::from_secs(60)), router: None };
 const ONLY_POLICIES: Intervals = Intervals { groups: None, ..INTERVALS };
 
 fn ids(names: &[&str]) -> Arc<Ids> {
@@ -20,7 +20,7 @@ struct Script {
 
 impl Script {
     fn start(intervals: Intervals) -> Self {
-        Self { follow: Follow::start(intervals, false, false), now: Duration::ZERO }
+        Self { follow: Follow::start(intervals, &[]), now: Duration::ZERO }
     }
 
     fn on(&mut self, event: Event) -> Vec<Act> {
@@ -112,7 +112,7 @@ fn an_outage_is_told_once_and_takes_nothing() {
 
 #[test]
 fn a_long_interval_does_not_make_retries_slow() {
-    let mut script = Script::start(Intervals { policies: 60 * SECOND, groups: None });
+    let mut script = Script::start(Intervals { policies: 60 * SECOND, ..ONLY_POLICIES });
     script.on(Event::Wanted(ids(&["a"])));
     for millis in [3750, 7500, 15_000, 30_000, 45_000, 45_000] {
         script.answered(Outcome::Failed("refused".into()));
@@ -155,13 +155,29 @@ fn a_server_without_stamps_is_fetched_from_each_time() {
 
 #[test]
 fn what_a_snapshot_had_is_published_already() {
-    let mut script = Script { follow: Follow::start(ONLY_POLICIES, true, false), now: Duration::ZERO };
+    let mut script =
+        Script { follow: Follow::start(ONLY_POLICIES, &[Subject::Policies]), now: Duration::ZERO };
     script.on(Event::Applied(Subject::Policies, 1));
     assert_eq!(script.follow.confirmed_at(Subject::Policies), None);
     assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask(&["a"], None)], "it has no stamp");
     assert_eq!(script.answered(Outcome::Same(Some(Stamp(1)))), [confirm(&["a"]), SAVE]);
     assert_eq!(script.due(3750), [ask(&["a"], Some(1))]);
     assert_eq!(script.answered(Outcome::New(Some(Stamp(2)))), [publish(&["a"], 2), SAVE]);
+}
+
+/// It is the same for all, so that no container is a reason to ask again.
+#[test]
+fn the_routers_tag_is_asked_for_at_once_and_then_in_its_own_time() {
+    let intervals = Intervals { router: Some(Duration::from_secs(60)), ..ONLY_POLICIES };
+    let mut script = Script::start(intervals);
+    let tag = |names: &[&str]| Act::Ask { subject: Subject::Router, ids: ids(names), unless: None };
+    assert_eq!(script.on(Event::Wanted(ids(&[]))), [ask(&[], None), tag(&[])]);
+    let answered = script.on(Event::Answered(Subject::Router, Outcome::New(None)));
+    assert_eq!(answered[..1], [Act::Publish { subject: Subject::Router, number: 1, ids: ids(&[]) }]);
+    script.answered(Outcome::New(Some(Stamp(1))));
+    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask(&["a"], None)]);
+    script.now = Duration::from_secs(45);
+    assert_eq!(script.on(Event::Due), [tag(&["a"])]);
 }
 
 #[derive(Debug, Clone)]
@@ -186,7 +202,7 @@ proptest! {
     /// only rise; a question has a condition only if the last publication was applied and covers the ids.
     #[test]
     fn whatever_happens(steps in prop::collection::vec(step(), 0..80), chance: u32) {
-        let mut follow = Follow::start(INTERVALS, false, false);
+        let mut follow = Follow::start(INTERVALS, &[]);
         let mut now = Duration::ZERO;
         let mut wanted = None;
         let mut asked: [Option<Arc<Ids>>; 2] = [None, None];

@@ -99,6 +99,7 @@ fn ct(data: Attributes<'_>) -> Option<Expression> {
     }
     let load = match key {
         NFT_CT_STATE => Connection::State,
+        NFT_CT_DIRECTION => Connection::Direction,
         NFT_CT_MARK => Connection::Mark,
         _ => return None,
     };

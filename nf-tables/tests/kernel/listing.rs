@@ -258,6 +258,7 @@ pub(crate) fn program() -> Program {
                 accept(),
             ],
         ),
+        rule("answers", [Expression::Ct { load: Connection::Direction, to: Slot(0) }, is(0, &[1]), accept()]),
         then("profiles", [source(0), look("profiles", Lookup::Verdict)]),
     ];
     let prerouting = vec![then(

@@ -124,6 +124,9 @@ fn plain() -> impl Strategy<Value = Vec<Expression>> {
         let load = Expression::Ct { load: Connection::State, to: from };
         vec![load, Expression::Bitwise { from, to, mask, xor }]
     });
+    let direction = (slot(), 0u8..2, any::<bool>()).prop_map(move |(to, with, equal)| {
+        compare((Expression::Ct { load: Connection::Direction, to }, to, vec![with]), equal)
+    });
     let ct_mark = slot()
         .prop_map(|to| vec![Expression::Ct { load: Connection::Mark, to }, Expression::SetMark { from: to }]);
     let mark = (slot(), bytes(4), any::<bool>()).prop_map(|(to, data, of_ct)| {
@@ -133,7 +136,7 @@ fn plain() -> impl Strategy<Value = Vec<Expression>> {
     let log = (any::<u16>(), "[ -~]{0,120}", any::<u32>())
         .prop_map(|(group, prefix, length)| vec![Expression::Log { group, prefix, length }]);
     let stateful = stateful().prop_map(|one| vec![Expression::Stateful(one)]);
-    prop_oneof![meta, payload, state, ct_mark, mark, log, stateful]
+    prop_oneof![meta, payload, state, direction, ct_mark, mark, log, stateful]
 }
 
 fn stateful() -> impl Strategy<Value = Stateful> {

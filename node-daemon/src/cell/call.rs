@@ -6,8 +6,8 @@ use std::sync::Arc;
 use tokio::task::spawn_blocking;
 use tracing::{Level, error, info, warn};
 use weft_model::address::{DeviceName, OverlayAddr};
-use weft_model::cell::{Belief, Key, Object, Presence, Scope};
-use weft_model::container::Handle;
+use weft_model::cell::{Belief, Key, Object, OverlayIngress, Presence, Scope};
+use weft_model::container::{Container, Handle};
 use weft_model::firewall::explain::{Explanation, Route, explain};
 use weft_model::firewall::program;
 use weft_model::link::LinkSpec;
@@ -39,6 +39,15 @@ impl<K: Kernel> Running<K> {
         let explained =
             explain(&program(parts), self.task.cell.inputs(), from, question.to, question.probe, routes);
         explained.map_err(|broken| Reason::Bug { invariant: broken.to_string() })
+    }
+
+    /// What an app is said to listen on and is no port: it is not opened to the overlay's routers.
+    pub(super) fn report_ports(&self, container: &Container) {
+        if self.task.cell.inputs().config.ingress == OverlayIngress::Taken {
+            for wrong in container.owner.offered().1 {
+                warn!(handle = %container.handle, port = wrong, "not a port of a container; the others hold");
+            }
+        }
     }
 
     pub(super) async fn check(&mut self, check: Check) {

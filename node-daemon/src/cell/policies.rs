@@ -45,6 +45,9 @@ impl<K: Kernel> Running<K> {
         if let Some(told) = &known.policies {
             self.task.cell.policies((*told.value).clone());
         }
+        if let Some(told) = &known.router {
+            self.task.cell.router(*told.value);
+        }
         if let Some(told) = known.groups.filter(|_| policies.groups) {
             let covered = (Arc::clone(&told.value), told.ids.spaces.clone());
             for handle in self.task.cell.groups(Some(covered)) {
@@ -64,6 +67,7 @@ impl<K: Kernel> Running<K> {
         policies.applied.send_replace(Applied {
             policies: number(known.policies.as_ref().map(|told| told.number)),
             groups: number(known.groups.as_ref().map(|told| told.number)),
+            router: number(known.router.as_ref().map(|told| told.number)),
         });
     }
 }

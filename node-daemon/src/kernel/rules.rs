@@ -63,16 +63,24 @@ impl RulesSocket {
 
     // === changes ===
 
-    /// All at once. Those that the kernel refuses, and those that need them, are left out and returned.
+    /// All at once, but for what has to be filled before packets are led to it. Those that the kernel refuses, and those
+    /// that need them, are left out and returned.
     pub(super) fn carry_out(&mut self, firewall: &Firewall) -> BTreeMap<Key, Reason> {
+        let (ahead, rest) = transaction::phases(firewall);
+        let mut out = self.carry_out_at_once(firewall.anew, &ahead);
+        out.extend(self.carry_out_at_once(firewall.anew, &rest));
+        out
+    }
+
+    fn carry_out_at_once(&mut self, anew: bool, changes: &[&Change]) -> BTreeMap<Key, Reason> {
         let mut out = BTreeMap::new();
         for _ in 0..ROUNDS {
             let taken: Vec<&Change> =
-                firewall.changes.iter().filter(|change| !out.contains_key(&change.key)).collect();
+                changes.iter().copied().filter(|change| !out.contains_key(&change.key)).collect();
             if taken.is_empty() {
                 return out;
             }
-            let refusals = match self.commit(firewall.anew, &taken) {
+            let refusals = match self.commit(anew, &taken) {
                 Ok(refusals) if refusals.is_empty() => return out,
                 Ok(refusals) => refusals,
                 Err(error) => {
@@ -92,7 +100,7 @@ impl RulesSocket {
                 }
             }
         }
-        let rest = firewall.changes.iter().filter(|change| !out.contains_key(&change.key));
+        let rest = changes.iter().filter(|change| !out.contains_key(&change.key));
         let left = io::Error::other("left out after other changes of its transaction were refused");
         let rest: Vec<_> = rest.map(|change| (change.key.clone(), reason(&change.key, &left))).collect();
         out.extend(rest);

@@ -7,13 +7,14 @@ use std::collections::BTreeSet;
 use std::str;
 use std::time::Duration;
 
-use hyper::StatusCode;
+use hyper::{Method, StatusCode};
 use serde::Deserialize;
+use serde_json::json;
 use tokio::sync::Mutex;
 use weft_daemon::tls::Files;
 use weft_model::asg::group::{self, SecurityGroup};
 use weft_model::follow::Stamp;
-use weft_model::policy::AppGuid;
+use weft_model::policy::{AppGuid, PolicyTag};
 
 use super::answer::Listed;
 use super::connection::{Cause, Connection};
@@ -23,6 +24,8 @@ use super::url::{ServerUrl, lists};
 const MOST_BYTES: usize = 64 << 20;
 /// Security groups per page, as many as the Cloud Controller gives.
 const PAGE: usize = 5000;
+/// What the overlay's routers are called, as silk calls them.
+const ROUTER: &str = "INGRESS_ROUTER";
 /// Of what a server says about an error, so much is passed on.
 const SAID: usize = 200;
 
@@ -134,20 +137,41 @@ impl Client {
         }
     }
 
-    async fn get(&self, path: &str, limit: usize) -> Result<(StatusCode, Vec<u8>), Cause> {
+    /// The server gives them one if they have none yet.
+    pub async fn router_tag(&self) -> Result<PolicyTag, AskError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            id: String,
+            tag: String,
+        }
+        let mut request = Request::new(self, "the tag of the overlay's routers", "tags");
+        let asked = json!({ "id": ROUTER, "type": "router" }).to_string();
+        let body = request.send(&Method::PUT, "", &asked).await?;
+        let answer: Answer = serde_json::from_slice(&body).map_err(|why| request.failed(Cause::Json(why)))?;
+        let tag = answer.tag.parse().ok().filter(|_| answer.id == ROUTER);
+        tag.ok_or_else(|| request.failed(Cause::NotATag(said(&body))))
+    }
+
+    async fn send(
+        &self,
+        method: &Method,
+        path: &str,
+        content: &str,
+        limit: usize,
+    ) -> Result<(StatusCode, Vec<u8>), Cause> {
         let Server { url, certificates, answers_within } = &self.server;
         let exchange = async {
             // Taken out, so that one that is given up half-way is not used again.
             let kept = self.open.lock().await.take().filter(|kept| kept.usable(certificates));
             if let Some(mut connection) = kept {
-                match connection.get(url, path, limit).await {
+                match connection.send(url, method, path, content, limit).await {
                     // The server may end a connection that is idle just as it is used.
                     Err(Cause::Http(_)) => {}
                     answer => return answer.map(|answer| (connection, answer)),
                 }
             }
             let mut connection = Connection::open(url, certificates).await?;
-            let answer = connection.get(url, path, limit).await?;
+            let answer = connection.send(url, method, path, content, limit).await?;
             Ok((connection, answer))
         };
         let late = |_| Cause::Late(*answers_within);
@@ -173,8 +197,13 @@ impl<'a> Request<'a> {
     }
 
     async fn get(&mut self, query: &str) -> Result<Vec<u8>, AskError> {
+        self.send(&Method::GET, query, "").await
+    }
+
+    /// All requests may be sent again: none changes what an earlier one has changed.
+    async fn send(&mut self, method: &Method, query: &str, content: &str) -> Result<Vec<u8>, AskError> {
         let path = format!("{}{query}", self.path);
-        let answer = self.client.get(&path, self.left).await;
+        let answer = self.client.send(method, &path, content, self.left).await;
         let (status, body) = answer.map_err(|cause| self.failed(cause))?;
         if status != StatusCode::OK {
             return Err(self.failed(Cause::Status { status, said: said(&body) }));

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::{ACCEPT, HOST, USER_AGENT};
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::task::AbortHandle;
@@ -39,6 +39,8 @@ pub enum Cause {
     Json(#[source] serde_json::Error),
     #[error("the answer `{0}` is not the whole number that it should be")]
     NotANumber(String),
+    #[error("the answer `{0}` has no tag of theirs")]
+    NotATag(String),
     #[error("page {next} is said to follow page {from}")]
     Circle { from: u64, next: u64 },
     #[error("no answer within {0:?}")]
@@ -47,7 +49,7 @@ pub enum Cause {
 
 #[derive(Debug)]
 pub(super) struct Connection {
-    sender: SendRequest<Empty<Bytes>>,
+    sender: SendRequest<Full<Bytes>>,
     driver: AbortHandle,
     opened: Instant,
     /// Of the certificates that it was opened with.
@@ -87,18 +89,22 @@ impl Connection {
     }
 
     /// At most `limit` bytes are taken, whatever the status.
-    pub(super) async fn get(
+    pub(super) async fn send(
         &mut self,
         url: &ServerUrl,
+        method: &Method,
         path: &str,
+        content: &str,
         limit: usize,
     ) -> Result<(StatusCode, Vec<u8>), Cause> {
         self.sender.ready().await.map_err(Cause::Http)?;
-        let request = Request::get(path)
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
             .header(HOST, url.authority())
             .header(ACCEPT, "application/json")
             .header(USER_AGENT, "weft-node")
-            .body(Empty::new())
+            .body(Full::from(content.to_owned()))
             .map_err(Cause::Request)?;
         let answer = self.sender.send_request(request).await.map_err(Cause::Http)?;
         let status = answer.status();

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use weft_model::asg::group::SecurityGroup;
 use weft_model::follow::{Ids, Stamp, Subject};
-use weft_model::policy::{Policies, by_app};
+use weft_model::policy::{Policies, PolicyTag, by_app};
 
 use super::client::{AskError, Client};
 use super::{Known, Told};
@@ -35,6 +35,7 @@ pub(super) struct Fetched {
 pub(super) enum Value {
     Policies(Policies),
     Groups(Vec<SecurityGroup>),
+    Router(PolicyTag),
 }
 
 pub(super) async fn ask(
@@ -67,6 +68,7 @@ async fn last_updated(client: &Client, subject: Subject) -> Result<Option<Stamp>
     match subject {
         Subject::Policies => client.policies_last_updated().await.map(Some),
         Subject::Groups => client.security_groups_last_updated().await,
+        Subject::Router => Ok(None),
     }
 }
 
@@ -92,6 +94,7 @@ async fn fetch(
             let left_out = rules.chain(got.answer.skipped.iter().cloned()).collect();
             Ok((Value::Groups(got.answer.groups), left_out, got.parts))
         }
+        Subject::Router => Ok((Value::Router(client.router_tag().await?), BTreeSet::new(), 1)),
     }
 }
 
@@ -101,6 +104,7 @@ impl Value {
         match self {
             Self::Policies(policies) => known.policies.as_ref().is_some_and(|told| *told.value == *policies),
             Self::Groups(groups) => known.groups.as_ref().is_some_and(|told| *told.value == **groups),
+            Self::Router(tag) => known.router.as_ref().is_some_and(|told| *told.value == *tag),
         }
     }
 
@@ -110,6 +114,7 @@ impl Value {
                 known.policies = Some(Told { value: Arc::new(policies), ids, at, number });
             }
             Self::Groups(groups) => known.groups = Some(Told { value: groups.into(), ids, at, number }),
+            Self::Router(tag) => known.router = Some(Told { value: Arc::new(tag), ids, at, number }),
         }
     }
 }
@@ -119,6 +124,7 @@ impl fmt::Display for Value {
         match self {
             Self::Policies(policies) => write!(f, "policies of {} apps", policies.len()),
             Self::Groups(groups) => write!(f, "{} security groups", groups.len()),
+            Self::Router(tag) => write!(f, "tag {tag} of the overlay's routers"),
         }
     }
 }

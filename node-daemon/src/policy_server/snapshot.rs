@@ -46,6 +46,7 @@ fn path(directory: &Path, subject: Subject) -> PathBuf {
     directory.join(match subject {
         Subject::Policies => "policies.json",
         Subject::Groups => "security-groups.json",
+        Subject::Router => "ingress-router.json",
     })
 }
 

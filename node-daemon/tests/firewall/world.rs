@@ -12,8 +12,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use weft_model::cell::{Cell, CellConfig, Key, Object, Step, Wanted};
-use weft_model::container::{Handle, PortMapping};
+use weft_model::cell::{Cell, CellConfig, Key, Object, OverlayIngress, Step, Wanted};
+use weft_model::container::{Handle, Owner, PortMapping};
 use weft_model::firewall::explain::{Explanation, Probe, Route, explain};
 use weft_model::firewall::{Content, Part, program};
 use weft_model::lease::{Lease, Peers};
@@ -118,6 +118,8 @@ impl Site {
             overlay: "10.255.0.0/16".parse().expect("overlay"),
             mtu: None,
             policy,
+            cut: false,
+            ingress: OverlayIngress::Off,
             log_group: 2312,
         });
         let subnets = SUBNETS.map(|subnet| subnet.parse().expect("subnet"));
@@ -138,15 +140,19 @@ impl Site {
         instance
     }
 
-    /// One that the next step makes.
+    /// One that the next step makes, of no app.
     pub(crate) fn wish(&mut self, profile: Profile, ports: &[(u16, u16)]) -> Instance {
+        self.wish_of(Owner::default(), profile, ports)
+    }
+
+    pub(crate) fn wish_of(&mut self, owner: Owner, profile: Profile, ports: &[(u16, u16)]) -> Instance {
         let port = |n: u16| n.try_into().expect("a port");
         self.added += 1;
         let wanted = Wanted {
             handle: format!("container-{}", self.added).parse().expect("handle"),
             interface: "eth0".parse().expect("name"),
             mtu: None,
-            owner: weft_model::container::Owner::default(),
+            owner,
             ports: ports.iter().map(|(h, c)| PortMapping { host: port(*h), container: port(*c) }).collect(),
             profile: Arc::new(profile.into()),
         };

@@ -1,4 +1,5 @@
-//! A policy server on loopback with a certificate of its own authority. What it answers is a function of the path.
+//! A policy server on loopback with a certificate of its own authority. What it answers is a function of the path, or of method,
+//! path and content where it is written to.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -70,7 +71,7 @@ impl World {
         *self.answers.lock().unwrap() = Box::new(answers);
     }
 
-    /// The paths asked for since the last time.
+    /// The paths asked for since the last time; and method and content of what is no GET.
     pub(crate) fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.asked.lock().unwrap())
     }
@@ -130,9 +131,20 @@ async fn serve(acceptor: TlsAcceptor, stream: TcpStream, answers: Answers, asked
             }
         }
         let request = String::from_utf8(request).unwrap();
-        let path = request.strip_prefix("GET ").unwrap().split(' ').next().unwrap();
-        asked.lock().unwrap().push(path.to_owned());
-        let reply = (answers.lock().unwrap())(path);
+        let mut words = request.split(' ');
+        let (method, path) = (words.next().unwrap(), words.next().unwrap());
+        let length = request
+            .to_lowercase()
+            .split_once("content-length: ")
+            .map_or(0, |(_, rest)| rest.split_once("\r\n").unwrap().0.parse().unwrap());
+        let mut content = vec![0; length];
+        tls.read_exact(&mut content).await.unwrap();
+        let path = match method {
+            "GET" => path.to_owned(),
+            other => format!("{other} {path} {}", String::from_utf8(content).unwrap()),
+        };
+        asked.lock().unwrap().push(path.clone());
+        let reply = (answers.lock().unwrap())(&path);
         let (head, body, goes_on) = match reply {
             Reply::Text(status, text) => (head(status, text.len()), text, true),
             Reply::Truncated(text) => (head(200, 2 * text.len()), text, false),

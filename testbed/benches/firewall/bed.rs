@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
-use weft_model::cell::{Cell, CellConfig, Step, Wanted};
+use weft_model::cell::{Cell, CellConfig, OverlayIngress, Step, Wanted};
 use weft_model::container::{Handle, Owner};
 use weft_model::lease::{Lease, Peers};
 use weft_model::link::LinkSpec;
@@ -107,6 +107,8 @@ impl Bed {
             overlay: OVERLAY.parse()?,
             mtu: None,
             policy: true,
+            cut: false,
+            ingress: OverlayIngress::Off,
             log_group: 2312,
         });
         cell.underlay(Some(device));

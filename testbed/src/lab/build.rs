@@ -66,6 +66,7 @@ impl Lab {
                 config.insert("policy_server_key_file".into(), json!(client.key));
             }
             config.extend(options.node.clone());
+            config.extend(options.only.get(&cell.name).cloned().unwrap_or_default());
             write_json(&cell.config_file(), &config.into())?;
             cell.start_node()?;
         }

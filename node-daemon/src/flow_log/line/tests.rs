@@ -26,6 +26,7 @@ fn who(handle: &str) -> Container {
         org_id: "604bd59e-4139-4734-a3be-4e97836eb790".into(),
         container_workload: "app".into(),
         policy_group_id: "bc6f229d-5e4a-4c41-a63f-e8795496c283".into(),
+        ..Owner::default()
     };
     Container {
         handle: handle.parse().expect("handle"),
