@@ -82,6 +82,7 @@ impl Cell {
             ways: BTreeSet::new(),
             guard: Guard::default(),
             policies: Policies::new(),
+            log_c2c: false,
             roster: Roster::default(),
         };
         let mut cell = Self {
@@ -154,6 +155,14 @@ impl Cell {
                 self.replan(Unit::Container(handle));
             }
             self.replan(Unit::App(guid));
+        }
+    }
+
+    /// Whether what is between containers is logged, whatever their profiles say.
+    pub fn log_c2c(&mut self, on: bool) {
+        if self.inputs.log_c2c != on {
+            self.inputs.log_c2c = on;
+            self.replan_all();
         }
     }
 
@@ -355,7 +364,7 @@ impl Cell {
         for change in before.into_iter().zip(after) {
             if let (Some(known), None) | (None, Some(known)) = change {
                 self.replan(Unit::Profile(known.digest()));
-                for limit in limits_of(known.profile()) {
+                for limit in limits_of(known.profile(), self.inputs.log_c2c) {
                     self.replan(Unit::Limit(limit));
                 }
             }

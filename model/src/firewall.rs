@@ -5,6 +5,7 @@
 //!  base      the chains that every packet of a container meets, and the maps that lead on from there
 //!  profile   what containers may send: one set of chains for all that have the same profile
 //!  app       who may open connections to an app's containers
+//!  between   what is told of traffic between containers
 //!  limits    dynamic sets that count: connections, log lines
 //!  member    one container's elements in the maps
 //!  layers    security groups' rules as sets the kernel can hold
@@ -14,6 +15,7 @@
 
 mod app;
 mod base;
+mod between;
 mod draft;
 pub mod explain;
 mod layers;

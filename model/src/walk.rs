@@ -40,6 +40,8 @@ pub enum Move {
     /// Policies: source, destination, first port.
     Policies(BTreeSet<(u8, u8, u8)>),
     Guard(bool),
+    /// What is between containers is logged.
+    LogC2c(bool),
     /// Another device leads to the world.
     Way(bool),
     /// Connections of resting addresses are forgotten.
@@ -84,6 +86,7 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
         6 => (0u8..6, 0u8..4).prop_map(|(n, profile)| Move::Add(n, profile)),
         3 => proptest::collection::btree_set((0u8..4, 0u8..4, 0u8..3), 0..6).prop_map(Move::Policies),
         1 => any::<bool>().prop_map(Move::Guard),
+        1 => any::<bool>().prop_map(Move::LogC2c),
         1 => any::<bool>().prop_map(Move::Way),
         4 => (0u8..6).prop_map(Move::Drop),
         2 => (0u8..6, 0u8..2).prop_map(|(n, profile)| Move::Assign(n, profile)),
@@ -199,6 +202,7 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
         Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
         Move::Policies(all) => cell.policies(by_app(all.iter().map(policy))),
         Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),
+        Move::LogC2c(on) => cell.log_c2c(*on),
         Move::Way(second) => cell.ways(way(*second).into_iter().collect()),
         Move::Add(n, kind) => {
             return cell.add(wanted_as(*n, *kind)).ok().map(|container| container.handle.clone());

@@ -13,7 +13,7 @@ use crate::firewall::{Base, Guard, Limit, Planned, app, base, leased, limit, lim
 use crate::lease::Lease;
 use crate::link::LinkSpec;
 use crate::policy::{AppGuid, Policies};
-use crate::profile::Digest;
+use crate::profile::{Digest, Known};
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
 
 /// Bytes that VXLAN over IPv4 puts around an inner IP packet: inner Ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348).
@@ -56,6 +56,8 @@ pub struct Inputs {
     pub ways: BTreeSet<DeviceName>,
     pub guard: Guard,
     pub policies: Policies,
+    /// What is between containers is logged, whatever their profiles say.
+    pub log_c2c: bool,
     pub roster: Roster,
 }
 
@@ -109,11 +111,14 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
             None => Vec::new(),
         },
         Unit::Limit(of) => {
-            let used = inputs.roster.profiles().any(|known| limits_of(known.profile()).contains(of));
+            let uses = |known: &Known| limits_of(known.profile(), inputs.log_c2c).contains(of);
+            let used = inputs.roster.profiles().any(|known| uses(known));
             firewall(if used { limit(*of, inputs.config.log_group) } else { Vec::new() })
         }
         Unit::App(guid) => match inputs.policies.get(guid) {
-            Some(policies) if inputs.roster.of_app(guid).next().is_some() => firewall(app(guid, policies)),
+            Some(policies) if inputs.roster.of_app(guid).next().is_some() => {
+                firewall(app(guid, policies, inputs.log_c2c))
+            }
             _ => Vec::new(),
         },
         Unit::Container(handle) => match inputs.roster.get(handle) {
@@ -121,7 +126,8 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
                 let known = container.profile.and_then(|digest| inputs.roster.profile(digest));
                 let policies = container.owner.app().and_then(|guid| inputs.policies.get(&guid));
                 let policies = policies.map(|policies| &**policies);
-                let mut planned = firewall(member(container, known.map(|known| known.profile()), policies));
+                let profile = known.map(|known| known.profile());
+                let mut planned = firewall(member(container, profile, policies, inputs.log_c2c));
                 planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
                 planned
             }
@@ -163,7 +169,7 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
     let leased = inputs.leased.iter().map(|underlay| Unit::Leased(*underlay));
     let profiles = inputs.roster.profiles().map(|known| Unit::Profile(known.digest()));
     let limits: BTreeSet<Limit> =
-        inputs.roster.profiles().flat_map(|known| limits_of(known.profile())).collect();
+        inputs.roster.profiles().flat_map(|known| limits_of(known.profile(), inputs.log_c2c)).collect();
     let limits = limits.into_iter().map(Unit::Limit);
     let apps = inputs.policies.keys().cloned().map(Unit::App);
     let containers = inputs.roster.iter().map(|(container, _)| Unit::Container(container.handle.clone()));

@@ -129,6 +129,7 @@ pub fn rule_behind(profile: &Profile, decision: Told, packet: &traffic::Packet) 
         // Deny networks are refused without a line.
         Told::Denied => Some("no security group".into()),
         Told::DeniedC2c => Some("no policy".into()),
+        Told::DeniedOverlay => Some("source of no policy".into()),
         Told::Limited | Told::WouldLimit | Told::AllowedC2c => None,
     }
 }
@@ -245,14 +246,17 @@ fn whose(
                 _ => of(&sender.handle, "settings and security groups"),
             }
         }
-        _ if chain.starts_with("app-") || chain == "strangers" || chain.starts_with("uninvited-") => {
-            policy(inputs, sender, to, probe)
-        }
+        _ if decides_on_policy(chain) => policy(inputs, sender, to, probe),
         (Some(sender), _) if chain.starts_with("services-") => {
             of(&sender.handle, "services offered by the cell, settings")
         }
         _ => "this cell".into(),
     }
+}
+
+fn decides_on_policy(chain: &str) -> bool {
+    let one = ["strangers", "guests"].contains(&chain);
+    one || ["app-", "uninvited-", "invited-"].iter().any(|begin| chain.starts_with(begin))
 }
 
 /// The policy that lets a sender of this cell in, or that there is none.

@@ -3,7 +3,8 @@
 use nf_tables::{Data, Verdict};
 
 use super::app::app_chain;
-use super::profile::{egress_chain, services_chain, translation_chain, uninvited_chain};
+use super::between::{invited_chain, uninvited_chain, untagged_chain};
+use super::profile::{egress_chain, services_chain, translation_chain};
 use super::{ALLOWED, INGRESS_CONNECTION, Part, Planned, element, name};
 use crate::address::UnderlayAddr;
 use crate::container::Container;
@@ -12,7 +13,14 @@ use crate::policy::AppPolicies;
 use crate::profile::Profile;
 
 /// A container whose profile is not known has an address and its mapped ports: it is reached, and sends nothing by itself.
-pub fn member(container: &Container, profile: Option<&Profile>, app: Option<&AppPolicies>) -> Planned {
+///
+/// `log_c2c`: what is between containers is logged, whatever the profile says.
+pub fn member(
+    container: &Container,
+    profile: Option<&Profile>,
+    app: Option<&AppPolicies>,
+    log_c2c: bool,
+) -> Planned {
     let addr = container.addr.get().octets();
     let own = |set: &str, data| element(set, addr.to_vec(), data);
     let goto = |chain: String| Data::Verdict(Verdict::Goto(name(&chain)));
@@ -32,9 +40,14 @@ pub fn member(container: &Container, profile: Option<&Profile>, app: Option<&App
             own("services", goto(services_chain(digest))),
             own("translations", goto(translation_chain(digest))),
         ]);
-        if profile.settings.log_all {
+        if profile.settings.log_all || log_c2c {
             let per_sec = profile.settings.denied_logs_per_sec.get();
             planned.push(own("uninvited", goto(uninvited_chain(per_sec))));
+            planned.push(own("untagged", goto(untagged_chain(per_sec))));
+        }
+        if log_c2c {
+            let per_sec = profile.settings.accepted_udp_logs_per_sec.get();
+            planned.push(own("invited", goto(invited_chain(per_sec))));
         }
     }
     planned.extend(container.ports.iter().map(|mapping| {
