@@ -84,6 +84,29 @@ pub struct Filled {
     pub ranges: Ranges,
 }
 
+/// How much there is of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Size {
+    pub rules: usize,
+    /// Those of maps, and ranges of sets.
+    pub elements: usize,
+}
+
+impl Size {
+    pub fn of<'a>(contents: impl IntoIterator<Item = &'a Content>) -> Self {
+        let mut size = Self::default();
+        for content in contents {
+            match content {
+                Content::Chain(chain) => size.rules += chain.rules.len(),
+                Content::Set(filled) => size.elements += filled.ranges.len(),
+                Content::Element(_) => size.elements += 1,
+                Content::Table => {}
+            }
+        }
+        size
+    }
+}
+
 /// What a unit plans.
 pub type Planned = Vec<(Part, Content)>;
 
