@@ -268,8 +268,11 @@ fn what_is_between_containers_is_logged_while_that_is_on() {
             let told = ask_on(&cell, from, to, probe, |_| Route::Device("silk-vtep".parse().expect("name")));
             let lines: Vec<String> = line.filter(|_| on).map(str::to_owned).into_iter().collect();
             assert_eq!((told.verdict, &told.logged), (verdict, &lines), "{from} to {to}: {told:?}");
+            let by_app = told.rule.as_ref().is_some_and(|rule| rule.starts_with("app-"));
+            let let_in = line == Some("weft:allowed-c2c");
+            assert_eq!(by_app, let_in && !on, "who is let in meets no rule more while it is off: {told:?}");
             let policy = told.whose.starts_with("policy from app app-1 to app app-2");
-            assert_eq!(policy, line == Some("weft:allowed-c2c"), "{told:?}");
+            assert_eq!(policy, let_in, "{told:?}");
         }
     }
     assert_eq!(plan(cell.inputs()), off, "switched off, nothing of it is left");

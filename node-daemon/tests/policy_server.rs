@@ -335,23 +335,23 @@ async fn a_forced_poll_ends_when_it_is_applied_or_says_why_not() {
     let mut following = follow_each(Duration::from_secs(3600), &world, ids(&["a"]));
     until(&mut following.known, |known| known.policies.is_some()).await;
     let polls = following.polls.clone();
-    let force = async || {
+    let force = || {
         let (reply, done) = oneshot::channel();
-        polls.send(Forced { subject: Subject::Policies, reply }).await.unwrap();
+        polls.try_send(Forced { subject: Subject::Policies, reply }).unwrap();
         done
     };
-    let mut done = force().await;
+    let mut done = force();
     tokio::time::sleep(Duration::from_millis(300)).await;
     done.try_recv().expect_err("it is not applied yet");
     following.applied.send_replace(Applied { policies: 1, groups: 0 });
     assert_eq!(done.await.unwrap(), Ok(()));
     world.asked();
-    assert_eq!(force().await.await.unwrap(), Ok(()));
+    assert_eq!(force().await.unwrap(), Ok(()));
     let asked = world.asked();
     assert!(asked.iter().any(|path| path.starts_with(POLICIES)), "unconditionally: {asked:?}");
 
     world.answer(|_| Reply::Text(500, r#"{"error": "database read failed"}"#.into()));
-    let why = force().await.await.unwrap().unwrap_err();
+    let why = force().await.unwrap().unwrap_err();
     assert!(why.contains("database read failed"), "{why}");
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &following.metrics).unwrap();

@@ -20,6 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const HEALTH: u16 = 4105;
 const FORCE: u16 = 8722;
 const DEBUG: u16 = 8721;
+const SINK: u16 = 9000;
 
 /// Nobody polls by himself.
 fn lab(purpose: &str, enabled: bool) -> Lab {
@@ -231,15 +232,15 @@ fn metric(cell: &Cell, name: &str, labels: &[&str]) -> Option<f64> {
     line.rsplit(' ').next()?.parse().ok()
 }
 
-/// Sends so many bytes and takes them back.
+/// Sends so many bytes to one who only takes them.
 fn transfer(from: &Container, to: &Container, bytes: usize) {
-    let target = SocketAddrV4::new(to.addr, ECHO_PORT);
+    let sink = to.place.enter(|| TcpListener::bind(("0.0.0.0", SINK))).unwrap().unwrap();
+    let taken = thread::spawn(move || std::io::copy(&mut sink.accept().unwrap().0, &mut std::io::sink()));
+    let target = SocketAddrV4::new(to.addr, SINK);
     let mut stream = from.place.enter(|| TcpStream::connect(target)).unwrap().unwrap();
-    let mut writer = stream.try_clone().unwrap();
-    let sender = thread::spawn(move || writer.write_all(&vec![7; bytes]).unwrap());
-    let line = format!("{}\n", from.addr).len();
-    stream.read_exact(&mut vec![0; bytes + line]).unwrap();
-    sender.join().unwrap();
+    stream.write_all(&vec![7; bytes]).unwrap();
+    drop(stream);
+    assert_eq!(taken.join().unwrap().unwrap(), u64::try_from(bytes).unwrap());
 }
 
 #[test]
@@ -249,29 +250,32 @@ fn metrics_count_what_containers_and_the_overlay_carry() {
     let (one, two) = (&lab.cells[0], &lab.cells[1]);
     let (a, c) = (added(one, "a"), added(two, "c"));
     let idle = added(one, "idle");
-    server(&lab).change(|state| state.add_policies([policy("a", "c")])).unwrap().unwrap();
+    server(&lab)
+        .change(|state| state.add_policies([Policy::tcp("app-of-a", "app-of-c", SINK)]))
+        .unwrap()
+        .unwrap();
     force(one);
     force(two);
     transfer(&a, &c, BYTES);
-    // Acknowledgements and headers: less than a twentieth of full packets and of what they acknowledge.
-    let carried = |value: Option<f64>, what: &str| {
-        let (value, sent) = (value.unwrap_or_else(|| panic!("{what} is not there")), BYTES as f64);
-        assert!(value >= sent && value < 1.1 * sent, "{what}: {value}");
+    let labels = |handle: &str, direction: &str| {
+        let app = format!("app-of-{handle}");
+        let labels =
+            [("handle", handle), ("app", &app), ("space", "space"), ("org", "org"), ("direction", direction)];
+        labels.map(|(label, value)| format!("{label}=\"{value}\""))
     };
-    for (cell, handle) in [(one, "a"), (two, "c")] {
-        for direction in ["sent", "received"] {
-            let labels = [
-                format!(r#"handle="{handle}""#),
-                format!(r#"app="app-of-{handle}""#),
-                r#"space="space""#.into(),
-                r#"org="org""#.into(),
-                format!(r#"direction="{direction}""#),
-            ];
+    // Headers and acknowledgements are less than a tenth of full packets.
+    let full = BYTES as f64..1.1 * BYTES as f64;
+    let few = 100.0..0.1 * BYTES as f64;
+    for (cell, handle, sent, received) in [(one, "a", &full, &few), (two, "c", &few, &full)] {
+        for (direction, expected) in [("sent", sent), ("received", received)] {
+            let labels = labels(handle, direction);
             let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
-            carried(metric(cell, "weft_node_container_bytes_total", &labels), handle);
+            let bytes = metric(cell, "weft_node_container_bytes_total", &labels).unwrap();
+            assert!(expected.contains(&bytes), "{handle} has {direction} {bytes} bytes");
             let packets = metric(cell, "weft_node_container_packets_total", &labels).unwrap();
-            assert!(packets > 30.0 && packets < 10_000.0, "{packets}");
-            carried(metric(cell, "weft_node_overlay_bytes_total", &[&labels[4]]), "overlay");
+            assert!((4.0..10_000.0).contains(&packets), "{handle} has {direction} {packets} packets");
+            let overlay = metric(cell, "weft_node_overlay_bytes_total", &labels[4..]).unwrap();
+            assert!(expected.contains(&overlay), "the overlay of {handle} has {direction} {overlay} bytes");
         }
     }
     let quiet = metric(one, "weft_node_container_bytes_total", &[r#"handle="idle""#, r#"direction="sent""#]);
