@@ -253,10 +253,12 @@ fn what_is_between_containers_is_logged_while_that_is_on() {
     let mut add = |n: u8| cell.add(walk::wanted(n)).expect("added").addr.get();
     let (one, two) = (add(1), add(2));
     let other_cell = Ipv4Addr::new(10, 255, 4, 2);
-    cell.policies(by_app([policy(1, 5, 2, (8080, 8090))]));
+    let udp = Policy { transport: Transport::Udp, ..policy(1, 5, 2, (53, 53)) };
+    cell.policies(by_app([policy(1, 5, 2, (8080, 8090)), udp]));
     let off = plan(cell.inputs());
     let cases = [
         (one, two, Probe::Tcp { port: 8080 }, Verdict::Allowed, Some("weft:allowed-c2c")),
+        (one, two, Probe::Udp { port: 53 }, Verdict::Allowed, Some("weft:allowed-c2c")),
         (one, two, Probe::Tcp { port: 80 }, Verdict::Refused, Some("weft:denied-c2c")),
         (two, one, Probe::Udp { port: 8080 }, Verdict::Refused, Some("weft:denied-c2c")),
         (one, other_cell, Probe::Tcp { port: 1 }, Verdict::Allowed, None),

@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,10 @@ const SINK: u16 = 9000;
 
 /// Nobody polls by himself.
 fn lab(purpose: &str, enabled: bool) -> Lab {
+    lab_with(purpose, json!({"runbook_endpoints": {"enabled": enabled}}), json!({}))
+}
+
+fn lab_with(purpose: &str, properties: Value, plugin: Value) -> Lab {
     let mut options = Options::unique(purpose).unwrap();
     options.cells = 2;
     options.policy_server = true;
@@ -31,9 +35,10 @@ fn lab(purpose: &str, enabled: bool) -> Lab {
         "disable_container_network_policy": false,
         "policy_poll_interval_seconds": 3600,
         "asg_poll_interval_seconds": 3600,
-        "runbook_endpoints": {"enabled": enabled},
     });
     options.node.extend(node.as_object().cloned().unwrap());
+    options.node.extend(properties.as_object().cloned().unwrap());
+    options.plugin.extend(plugin.as_object().cloned().unwrap());
     let lab = Lab::up(&options).unwrap();
     for cell in &lab.cells {
         cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").unwrap();
@@ -218,6 +223,47 @@ fn traffic_between_containers_is_logged_from_the_next_connection_on() {
     one.wait_ready(1, PATIENCE).unwrap();
     let after = get(one, DEBUG, "/iptables-c2c-logging");
     assert_eq!(after, (200, "{\"enabled\":false}\n".into()), "a restart begins with the configuration");
+    assert_eq!(lab.complaints(&[]), Vec::<String>::new());
+}
+
+/// Datagrams that nobody answers are one connection each, as far as anybody can tell.
+#[test]
+fn udp_between_containers_has_so_many_lines_and_the_others_are_counted() {
+    const SENT: u64 = 40;
+    let on = json!({"iptables_c2c_logging": true, "runbook_endpoints": {"enabled": true}});
+    let lab = lab_with("c2c-udp", on, json!({"iptables_accepted_udp_logs_per_sec": 1}));
+    let one = &lab.cells[0];
+    let (a, b) = (added(one, "a"), added(one, "b"));
+    let udp = Policy { protocol: "udp".into(), ..Policy::tcp("app-of-a", "app-of-b", SINK) };
+    server(&lab).change(|state| state.add_policies([udp])).unwrap().unwrap();
+    force(one);
+    let receiver = b.place.enter(|| UdpSocket::bind(("0.0.0.0", SINK))).unwrap().unwrap();
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    let sender = a.place.enter(|| UdpSocket::bind(("0.0.0.0", 0))).unwrap().unwrap();
+    for _ in 0..SENT {
+        sender.send_to(b"x", (b.addr, SINK)).unwrap();
+        receiver.recv(&mut [0; 9]).unwrap();
+    }
+    let of = |message: &str| {
+        let text = std::fs::read_to_string(one.traffic_log()).unwrap_or_default();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter(|line| line["message"] == format!("cfnetworking.iptables.{message}")).collect::<Vec<_>>()
+    };
+    let count = |line: &Value| {
+        assert_eq!(line["data"]["suppressed"]["decision"], "allowed-c2c");
+        line["data"]["suppressed"]["count"].as_u64().unwrap()
+    };
+    let sum = || {
+        let lines = u64::try_from(of("ingress-allowed").len()).unwrap();
+        (lines, lines + of("ingress-suppressed").iter().map(count).sum::<u64>())
+    };
+    let deadline = Instant::now() + 2 * PATIENCE;
+    while sum().1 < SENT {
+        assert!(Instant::now() < deadline, "{:?}", sum());
+        thread::sleep(Duration::from_millis(100));
+    }
+    let (lines, all) = sum();
+    assert!(all == SENT && lines >= 1 && lines < SENT / 2, "{lines} lines, {all} in all");
     assert_eq!(lab.complaints(&[]), Vec::<String>::new());
 }
 
