@@ -22,6 +22,7 @@ use tracing::debug;
 use weft_model::address::DeviceName;
 use weft_model::container::Container;
 use weft_model::firewall::Size;
+use weft_model::follow::Subject;
 
 use super::word;
 use crate::cell::chain;
@@ -29,7 +30,6 @@ use crate::flow_log::Directory;
 use crate::inbox::Inbox;
 use crate::kernel::{LinkCounters, Traffic};
 use crate::policy_server::Known;
-use weft_model::follow::Subject;
 
 /// For all that is read at once.
 const WITHIN: Duration = Duration::from_secs(2);
@@ -183,4 +183,91 @@ fn cut(text: &str) -> &str {
 #[expect(clippy::disallowed_methods, reason = "the age of an answer outlives this process")]
 fn now() -> SystemTime {
     SystemTime::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    use prometheus_client::encoding::text;
+    use prometheus_client::registry::Registry;
+    use weft_model::address::OverlayAddr;
+    use weft_model::container::Owner;
+
+    use crate::flow_log::Entered;
+    use crate::policy_server::Told;
+
+    #[derive(Debug)]
+    struct Once(Vec<Traffic>, Directory, Known);
+
+    impl Collector for Once {
+        fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+            containers(&mut encoder, &self.0, &self.1)?;
+            ages(&mut encoder, &self.2, SystemTime::UNIX_EPOCH + Duration::from_secs(90))
+        }
+    }
+
+    fn told(links: Vec<Traffic>, directory: Directory, known: Known) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Once(links, directory, known)));
+        let mut told = String::new();
+        text::encode(&mut told, &registry).expect("text");
+        told
+    }
+
+    fn link(addr: Option<Ipv4Addr>) -> Traffic {
+        Traffic {
+            name: "device".into(),
+            container: addr.map(OverlayAddr::new),
+            received_bytes: 1,
+            received_packets: 2,
+            received_dropped: 3,
+            sent_bytes: 4,
+            sent_packets: 5,
+            sent_dropped: 6,
+        }
+    }
+
+    /// What comes from the platform cannot break a line, nor make it long.
+    #[test]
+    fn labels_are_escaped_and_cut() {
+        let addr = Ipv4Addr::new(10, 255, 30, 2);
+        let owner =
+            Owner { app_id: "a\"}\n\\b".into(), space_id: "ü".repeat(LONGEST + 9), ..Owner::default() };
+        let container = Container {
+            handle: "handle-1".parse().expect("handle"),
+            addr: OverlayAddr::new(addr),
+            interface: "eth0".parse().expect("name"),
+            mtu: 1450,
+            owner,
+            ports: Vec::new(),
+            profile: None,
+            passed: None,
+        };
+        let entered = Entered { container: Arc::new(container), profile: None };
+        let directory = Directory { by_addr: [(addr, entered)].into(), ..Directory::default() };
+        // Of devices that are nobody's, and of links that nobody knows, nothing is told.
+        let links = vec![link(Some(addr)), link(None), link(Some(Ipv4Addr::new(10, 255, 30, 3)))];
+        let text = told(links, directory, Known::default());
+        let labels = format!(r#"handle="handle-1",app="a\"}}\n\\b",space="{}",org="","#, "ü".repeat(LONGEST));
+        for line in [
+            format!(r#"weft_node_container_bytes_total{{{labels}direction="received"}} 4"#),
+            format!(r#"weft_node_container_bytes_total{{{labels}direction="sent"}} 1"#),
+            format!(r#"weft_node_container_packets_total{{{labels}direction="received"}} 5"#),
+            format!(r#"weft_node_container_packets_total{{{labels}direction="sent"}} 2"#),
+        ] {
+            assert!(text.lines().any(|is| is == line), "{line}\n{text}");
+        }
+        assert_eq!(text.lines().filter(|line| line.starts_with("weft_node_container_")).count(), 4, "{text}");
+    }
+
+    #[test]
+    fn an_age_is_told_of_what_is_known() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(60);
+        let policies = Some(Told { value: Arc::default(), ids: Arc::default(), at, number: 1 });
+        let text = told(Vec::new(), Directory::default(), Known { policies, ..Known::default() });
+        let ages: Vec<&str> = text.lines().filter(|line| line.starts_with("weft_node_answer_age")).collect();
+        assert_eq!(ages, [r#"weft_node_answer_age_seconds{subject="policies"} 30.0"#]);
+    }
 }
