@@ -1,11 +1,12 @@
-//! Health and metrics over plain HTTP, for whoever watches this machine from this machine.
+//! Plain HTTP for whoever works on this machine: health and metrics, and what a daemon offers besides ([`answer`]).
 //!
-//! One task, woken by connections; each gets one answer and is closed. Nothing here is secret or can be changed,
-//! but it is offered on loopback only, as scrapers and supervisors run beside the daemon.
+//! One task for a listener, woken by connections; each gets one answer and is closed. It is offered on loopback only, as
+//! scrapers, supervisors and operators' scripts run beside the daemon.
 
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,9 +37,9 @@ pub enum Health {
 
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
-    #[error("{address} is not a loopback address: health and metrics are offered on 127.0.0.0/8 or ::1 only")]
+    #[error("{address} is not a loopback address: plain HTTP is offered on 127.0.0.0/8 or ::1 only")]
     NotLoopback { address: SocketAddr },
-    #[error("cannot listen on {address} for health and metrics: {why}")]
+    #[error("cannot listen on {address} for plain HTTP: {why}")]
     Listen { address: SocketAddr, why: io::Error },
 }
 
@@ -50,58 +51,108 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, HttpError> {
     TcpListener::bind(address).await.map_err(|why| HttpError::Listen { address, why })
 }
 
-/// Serves until dropped.
+/// How long one connection may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For the request's headers to arrive.
+    pub request: Duration,
+    /// From the first byte to the last.
+    pub connection: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { request: REQUEST_TIMEOUT, connection: CONNECTION_TIMEOUT }
+    }
+}
+
+/// What is done before metrics are told: for what is read only then.
+pub type Measure = Box<dyn Fn() -> BoxFuture<()> + Send + Sync>;
+pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Serves health and metrics until dropped.
 pub async fn serve<H>(listener: TcpListener, health: H, metrics: Arc<Registry>)
 where
     H: Fn() -> Health + Send + Sync + 'static,
 {
-    serve_within(REQUEST_TIMEOUT, listener, health, metrics).await;
+    serve_within(Patience::default(), listener, health, metrics, None).await;
 }
 
-async fn serve_within<H>(request: Duration, listener: TcpListener, health: H, metrics: Arc<Registry>)
+/// As [`serve`], with something to do first.
+pub async fn serve_measured<H>(listener: TcpListener, health: H, metrics: Arc<Registry>, measure: Measure)
 where
     H: Fn() -> Health + Send + Sync + 'static,
 {
-    let health = Arc::new(health);
+    serve_within(Patience::default(), listener, health, metrics, Some(measure)).await;
+}
+
+async fn serve_within<H>(
+    patience: Patience,
+    listener: TcpListener,
+    health: H,
+    metrics: Arc<Registry>,
+    measure: Option<Measure>,
+) where
+    H: Fn() -> Health + Send + Sync + 'static,
+{
+    let shared = Arc::new((health, metrics, measure));
+    answer(listener, patience, move |request: Request<Incoming>| {
+        let shared = Arc::clone(&shared);
+        async move {
+            let (health, metrics, measure) = &*shared;
+            if let (Some(measure), "/metrics") = (measure, request.uri().path()) {
+                measure().await;
+            }
+            respond(request.method(), request.uri().path(), health, metrics)
+        }
+    })
+    .await;
+}
+
+/// Answers requests until dropped.
+pub async fn answer<F, A>(listener: TcpListener, patience: Patience, respond: F)
+where
+    F: Fn(Request<Incoming>) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Response<Full<Bytes>>> + Send + 'static,
+{
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (health, metrics) = (Arc::clone(&health), Arc::clone(&metrics));
+                let respond = respond.clone();
                 tokio::spawn(async move {
-                    converse(request, stream, health.as_ref(), &metrics).await;
+                    converse(patience, stream, respond).await;
                     drop(slot);
                 });
             }
             Err(why) => {
                 // Out of descriptors, mostly: give others time to close theirs rather than spin.
-                tracing::warn!(%why, "cannot accept a health or metrics connection");
+                tracing::warn!(%why, "cannot accept a connection for plain HTTP");
                 sleep(Duration::from_millis(100)).await;
             }
         }
     }
 }
 
-async fn converse(
-    request_timeout: Duration,
-    stream: TcpStream,
-    health: &impl Fn() -> Health,
-    metrics: &Registry,
-) {
+async fn converse<F, A>(patience: Patience, stream: TcpStream, respond: F)
+where
+    F: Fn(Request<Incoming>) -> A,
+    A: Future<Output = Response<Full<Bytes>>>,
+{
     let answer = service_fn(|request: Request<Incoming>| {
-        let response = respond(request.method(), request.uri().path(), health, metrics);
-        async { Ok::<_, Infallible>(response) }
+        let response = respond(request);
+        async { Ok::<_, Infallible>(response.await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(request_timeout)
+        .header_read_timeout(patience.request)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), answer);
-    match timeout(CONNECTION_TIMEOUT, connection).await {
+    match timeout(patience.connection, connection).await {
         Ok(Ok(())) => (),
-        Ok(Err(why)) => tracing::debug!(%why, "health or metrics connection broke off"),
-        Err(_) => tracing::debug!("health or metrics connection took too long"),
+        Ok(Err(why)) => tracing::debug!(%why, "connection for plain HTTP broke off"),
+        Err(_) => tracing::debug!("connection for plain HTTP took too long"),
     }
 }
 
@@ -221,8 +272,8 @@ mod tests {
         let listener = bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let metrics = Arc::new(Registry::default());
-        let short = Duration::from_millis(50);
-        let server = tokio::spawn(serve_within(short, listener, || Health::Healthy, metrics));
+        let short = Patience { request: Duration::from_millis(50), ..Patience::default() };
+        let server = tokio::spawn(serve_within(short, listener, || Health::Healthy, metrics, None));
         let mut silent = Vec::new();
         for _ in 0..CONNECTIONS {
             silent.push(TcpStream::connect(address).await.unwrap());

@@ -1,6 +1,7 @@
 //! Logs: one line per event on standard output, where BOSH's and every other supervisor collects them.
 
 use std::backtrace::Backtrace;
+use std::fmt;
 use std::io::{self, IsTerminal};
 use std::panic;
 
@@ -8,6 +9,7 @@ use tracing::Dispatch;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::reload;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -29,12 +31,31 @@ pub enum LogError {
     SetUpBefore,
 }
 
+/// The level of the process's log, which can be changed while it runs.
+pub struct Level {
+    change: Box<dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync>,
+}
+
+impl fmt::Debug for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Level")
+    }
+}
+
+impl Level {
+    /// From now on; a level or a list of `target=level`.
+    pub fn set(&self, level: &str) -> Result<(), LogError> {
+        (self.change)(filter(level)?)
+            .map_err(|gone| LogError::Level { level: level.into(), why: gone.to_string() })
+    }
+}
+
 /// Starts logging for the whole process, panics included. `level` is a level or a list of `target=level`.
-pub fn init(level: &str, format: Format) -> Result<(), LogError> {
-    let dispatch = dispatch(level, format, io::stdout)?;
+pub fn init(level: &str, format: Format) -> Result<Level, LogError> {
+    let (dispatch, level) = dispatch(level, format, io::stdout)?;
     tracing::dispatcher::set_global_default(dispatch).map_err(|_| LogError::SetUpBefore)?;
     log_panics();
-    Ok(())
+    Ok(level)
 }
 
 /// Panics go to the log as errors, and to standard error as ever.
@@ -49,15 +70,27 @@ fn log_panics() {
 }
 
 /// Times are RFC 3339 in UTC, in microseconds: the subscriber's own clock.
-fn dispatch<W>(level: &str, format: Format, writer: W) -> Result<Dispatch, LogError>
+fn dispatch<W>(level: &str, format: Format, writer: W) -> Result<(Dispatch, Level), LogError>
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
     let events = tracing_subscriber::fmt().with_env_filter(filter(level)?).with_writer(writer);
     Ok(match format {
-        Format::Json => events.json().flatten_event(true).with_current_span(false).into(),
-        Format::Text => events.with_ansi(io::stdout().is_terminal()).into(),
+        Format::Json => {
+            let events = events.json().flatten_event(true).with_current_span(false).with_filter_reloading();
+            let level = changed_by(events.reload_handle());
+            (events.into(), level)
+        }
+        Format::Text => {
+            let events = events.with_ansi(io::stdout().is_terminal()).with_filter_reloading();
+            let level = changed_by(events.reload_handle());
+            (events.into(), level)
+        }
     })
+}
+
+fn changed_by<S: 'static>(handle: reload::Handle<EnvFilter, S>) -> Level {
+    Level { change: Box::new(move |filter| handle.reload(filter)) }
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {
@@ -94,7 +127,7 @@ mod tests {
     fn logged(level: &str, format: Format, act: impl FnOnce()) -> String {
         let lines = Lines::default();
         let writer = lines.clone();
-        let dispatch = dispatch(level, format, move || writer.clone()).unwrap();
+        let (dispatch, _) = dispatch(level, format, move || writer.clone()).unwrap();
         tracing::dispatcher::with_default(&dispatch, act);
         let bytes = lines.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap()
@@ -120,6 +153,27 @@ mod tests {
     fn text_lines_are_plain_when_not_at_a_terminal() {
         let text = logged("warn,weft_daemon=debug", Format::Text, || tracing::debug!(app = "a", "shown"));
         assert!(text.contains("DEBUG") && text.contains("shown"), "{text}");
+    }
+
+    #[test]
+    fn the_level_changes_while_it_runs() {
+        for format in [Format::Json, Format::Text] {
+            let lines = Lines::default();
+            let writer = lines.clone();
+            let (dispatch, level) = dispatch("info", format, move || writer.clone()).unwrap();
+            tracing::dispatcher::with_default(&dispatch, || {
+                tracing::debug!("first");
+                level.set("debug").unwrap();
+                tracing::debug!("second");
+                level.set("loud").unwrap_err();
+                tracing::debug!("third");
+                level.set("warn").unwrap();
+                tracing::info!("fourth");
+            });
+            let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+            let shown = ["first", "second", "third", "fourth"].map(|word| text.contains(word));
+            assert_eq!(shown, [false, true, true, false], "{text}");
+        }
     }
 
     #[test]

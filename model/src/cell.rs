@@ -83,6 +83,7 @@ impl Cell {
             guard: Guard::default(),
             policies: Policies::new(),
             router: None,
+            log_c2c: false,
             roster: Roster::default(),
         };
         let mut cell = Self {
@@ -167,6 +168,14 @@ impl Cell {
         if self.inputs.router != router {
             self.inputs.router = router;
             self.replan(Unit::Base);
+        }
+    }
+
+    /// Whether what is between containers is logged, whatever their profiles say.
+    pub fn log_c2c(&mut self, on: bool) {
+        if self.inputs.log_c2c != on {
+            self.inputs.log_c2c = on;
+            self.replan_all();
         }
     }
 
@@ -369,7 +378,7 @@ impl Cell {
             if let (Some(known), None) | (None, Some(known)) = change {
                 self.replan(Unit::Profile(known.digest()));
                 self.replan(Unit::Settings(known.settings_digest()));
-                for limit in limits_of(known.profile()) {
+                for limit in limits_of(known.profile(), self.inputs.log_c2c) {
                     self.replan(Unit::Limit(limit));
                 }
             }

@@ -6,6 +6,7 @@
 //!  profile   what containers may send: one set of chains for all that have the same profile
 //!  settings  the rest of what containers with the same settings have in common
 //!  app       who may open connections to an app's containers
+//!  between   what is told of traffic between containers
 //!  limits    dynamic sets that count: connections, log lines
 //!  member    one container's elements in the maps
 //!  layers    security groups' rules as sets the kernel can hold
@@ -15,6 +16,7 @@
 
 mod app;
 mod base;
+mod between;
 mod draft;
 pub mod explain;
 mod layers;
@@ -83,6 +85,29 @@ pub enum Content {
 pub struct Filled {
     pub set: Set,
     pub ranges: Ranges,
+}
+
+/// How much there is of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Size {
+    pub rules: usize,
+    /// Those of maps, and ranges of sets.
+    pub elements: usize,
+}
+
+impl Size {
+    pub fn of<'a>(contents: impl IntoIterator<Item = &'a Content>) -> Self {
+        let mut size = Self::default();
+        for content in contents {
+            match content {
+                Content::Chain(chain) => size.rules += chain.rules.len(),
+                Content::Set(filled) => size.elements += filled.ranges.len(),
+                Content::Element(_) => size.elements += 1,
+                Content::Table => {}
+            }
+        }
+        size
+    }
 }
 
 /// What a unit plans.

@@ -12,10 +12,14 @@
 //!           └────Failed──▶ waiting; what is held stays ──────────────┘
 //! ```
 //!
+//! A person may force a poll ([`Event::Forced`]): it is asked at once whatever was asked before, unconditionally, and is
+//! done when what it found is applied.
+//!
 //! The server's stamps are compared for being *different*: its database may be restored, and its clock set back. A
 //! stamp counts as done only once what was fetched under it was applied; until then each poll fetches anew.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,7 +87,12 @@ pub enum Event {
     Answered(Subject, Outcome),
     /// What was published under this number, or a later one, is in the kernel.
     Applied(Subject, u64),
+    /// Somebody wants it fetched now, and waits for the end of it.
+    Forced(Subject, Ticket),
 }
+
+/// Whoever forced a poll, among all that did.
+pub type Ticket = u64;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Act {
@@ -99,6 +108,8 @@ pub enum Act {
     Lost { subject: Subject, why: String },
     /// It answers again.
     Found(Subject),
+    /// What this one forced has ended: what the server said after it is in the kernel, or why not.
+    Done(Ticket, Result<(), String>),
 }
 
 /// How often to ask, at most.
@@ -153,9 +164,13 @@ impl Follow {
             }
             Event::Applied(subject, number) => {
                 if let Some(track) = self.track(subject) {
-                    track.applied(number);
+                    track.applied(number, &mut acts);
                 }
             }
+            Event::Forced(subject, ticket) => match self.track(subject) {
+                Some(track) => track.forced.push(ticket),
+                None => acts.push(Act::Done(ticket, Err("the server is not asked for this".into()))),
+            },
         }
         if let Some(wanted) = &self.wanted {
             acts.extend(self.tracks.iter_mut().filter_map(|track| track.next(wanted, now)));
@@ -198,6 +213,12 @@ struct Track {
     applied: Option<Published>,
     failures: u32,
     confirmed_at: Option<Duration>,
+    /// Those whose question is not asked yet.
+    forced: Vec<Ticket>,
+    /// Those whose question is under way.
+    asking: Vec<Ticket>,
+    /// Those that wait until the answer with this number is applied.
+    applying: Vec<(u64, Ticket)>,
 }
 
 impl Track {
@@ -218,6 +239,9 @@ impl Track {
             applied: None,
             failures: 0,
             confirmed_at: None,
+            forced: Vec::new(),
+            asking: Vec::new(),
+            applying: Vec::new(),
         }
     }
 
@@ -230,10 +254,12 @@ impl Track {
         let covers = |ids: &Option<Arc<Ids>>| ids.as_ref().is_some_and(|ids| ids.cover(wanted, subject));
         // Those of the last attempt wait for the next one like all others if it failed.
         let new = !covers(&self.tried);
-        if self.asked.is_some() || !(new || self.due <= now) {
+        let forced = !self.forced.is_empty();
+        if self.asked.is_some() || !(new || forced || self.due <= now) {
             return None;
         }
-        let conditional = self.published.is_empty() && covers(&self.held) && now < self.resync;
+        self.asking = mem::take(&mut self.forced);
+        let conditional = !forced && self.published.is_empty() && covers(&self.held) && now < self.resync;
         let unless = self.applied.as_ref().and_then(|applied| applied.stamp).filter(|_| conditional);
         self.asked = Some(Arc::clone(wanted));
         self.tried = Some(Arc::clone(wanted));
@@ -249,7 +275,9 @@ impl Track {
     ) {
         let Some(ids) = self.asked.take() else { return };
         let subject = self.subject;
+        let asking = mem::take(&mut self.asking);
         if let Outcome::Failed(why) = outcome {
+            acts.extend(asking.into_iter().map(|ticket| Act::Done(ticket, Err(why.clone()))));
             let doubled = FIRST_RETRY.saturating_mul(2u32.saturating_pow(self.failures.min(10)));
             self.due = now + earlier(self.interval.min(doubled), pick);
             self.failures = self.failures.saturating_add(1);
@@ -258,7 +286,7 @@ impl Track {
             }
             return;
         }
-        if std::mem::take(&mut self.failures) > 0 {
+        if mem::take(&mut self.failures) > 0 {
             acts.push(Act::Found(subject));
         }
         self.due = now + earlier(self.interval, pick);
@@ -293,6 +321,8 @@ impl Track {
             self.save = now + RESYNC;
             acts.push(Act::Save(subject));
         }
+        self.applying.extend(asking.into_iter().map(|ticket| (self.last_number, ticket)));
+        self.end_applied(acts);
     }
 
     fn fetched(&mut self, ids: &Arc<Ids>, now: Duration, pick: &mut dyn FnMut(u32) -> u32) {
@@ -300,10 +330,17 @@ impl Track {
         self.resync = now + earlier(RESYNC, pick);
     }
 
-    fn applied(&mut self, number: u64) {
+    fn applied(&mut self, number: u64, acts: &mut Vec<Act>) {
         while self.published.front().is_some_and(|first| first.number <= number) {
             self.applied = self.published.pop_front();
         }
+        self.end_applied(acts);
+    }
+
+    fn end_applied(&mut self, acts: &mut Vec<Act>) {
+        let applied = self.applied.as_ref().map_or(0, |applied| applied.number);
+        let done = self.applying.extract_if(.., |(number, _)| *number <= applied);
+        acts.extend(done.map(|(_, ticket)| Act::Done(ticket, Ok(()))));
     }
 }
 

@@ -37,11 +37,20 @@ pub enum Decision {
     DeniedC2c,
     /// A policy does.
     AllowedC2c,
+    /// Its app is the source of no policy, so no other cell would take it.
+    DeniedOverlay,
 }
 
 impl Decision {
-    pub const ALL: [Self; 6] =
-        [Self::Allowed, Self::Denied, Self::Limited, Self::WouldLimit, Self::DeniedC2c, Self::AllowedC2c];
+    pub const ALL: [Self; 7] = [
+        Self::Allowed,
+        Self::Denied,
+        Self::Limited,
+        Self::WouldLimit,
+        Self::DeniedC2c,
+        Self::AllowedC2c,
+        Self::DeniedOverlay,
+    ];
 
     /// What the rule logs: at most 63 bytes, so that iptables could write it as well (linux/netfilter/xt_NFLOG.h).
     pub const fn prefix(self) -> &'static str {
@@ -52,6 +61,7 @@ impl Decision {
             Self::WouldLimit => "weft:would-limit",
             Self::DeniedC2c => "weft:denied-c2c",
             Self::AllowedC2c => "weft:allowed-c2c",
+            Self::DeniedOverlay => "weft:denied-overlay",
         }
     }
 
@@ -59,15 +69,23 @@ impl Decision {
     pub const fn allows(self) -> bool {
         match self {
             Self::Allowed | Self::AllowedC2c => true,
-            Self::Denied | Self::Limited | Self::WouldLimit | Self::DeniedC2c => false,
+            Self::Denied | Self::Limited | Self::WouldLimit | Self::DeniedC2c | Self::DeniedOverlay => false,
         }
     }
 
-    /// What is between two containers is decided where it is received; everything else where it is sent.
+    /// Whether it is about two containers.
+    pub const fn is_between_containers(self) -> bool {
+        matches!(self, Self::DeniedC2c | Self::AllowedC2c | Self::DeniedOverlay)
+    }
+
+    /// What is between two containers is decided where it is received, if it gets there; everything else where it is
+    /// sent.
     pub const fn direction(self) -> Direction {
         match self {
             Self::DeniedC2c | Self::AllowedC2c => Direction::Ingress,
-            Self::Allowed | Self::Denied | Self::Limited | Self::WouldLimit => Direction::Egress,
+            Self::Allowed | Self::Denied | Self::Limited | Self::WouldLimit | Self::DeniedOverlay => {
+                Direction::Egress
+            }
         }
     }
 }
@@ -166,6 +184,7 @@ mod tests {
             (Decision::Allowed, Some(link), Direction::Ingress, destination),
             (Decision::DeniedC2c, Some(link), Direction::Ingress, destination),
             (Decision::AllowedC2c, Some(2), Direction::Ingress, destination),
+            (Decision::DeniedOverlay, Some(2), Direction::Egress, source),
         ] {
             let record = record(decision, outgoing);
             assert_eq!((record.direction(), record.container()), (direction, container), "{record:?}");

@@ -42,6 +42,8 @@ pub enum Move {
     /// The tag of the overlay's routers.
     Router(u8),
     Guard(bool),
+    /// What is between containers is logged.
+    LogC2c(bool),
     /// Another device leads to the world.
     Way(bool),
     /// Connections of resting addresses are forgotten.
@@ -87,6 +89,7 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
         3 => proptest::collection::btree_set((0u8..4, 0u8..4, 0u8..3), 0..6).prop_map(Move::Policies),
         1 => (1u8..4).prop_map(Move::Router),
         1 => any::<bool>().prop_map(Move::Guard),
+        1 => any::<bool>().prop_map(Move::LogC2c),
         1 => any::<bool>().prop_map(Move::Way),
         4 => (0u8..6).prop_map(Move::Drop),
         2 => (0u8..6, 0u8..2).prop_map(|(n, profile)| Move::Assign(n, profile)),
@@ -220,6 +223,7 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
         Move::Policies(all) => cell.policies(by_app(all.iter().map(policy))),
         Move::Router(tag) => cell.router(tag_of(*tag)),
         Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),
+        Move::LogC2c(on) => cell.log_c2c(*on),
         Move::Way(second) => cell.ways(way(*second).into_iter().collect()),
         Move::Add(n, kind) => {
             return cell.add(wanted_as(*n, *kind)).ok().map(|container| container.handle.clone());

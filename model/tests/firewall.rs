@@ -246,6 +246,40 @@ fn policies_let_apps_in_by_tag_protocol_and_ports() {
     assert_eq!(ask_by(&cell, three, two, tcp(8080)).verdict, Verdict::Allowed);
 }
 
+/// dataplane.md, "To a container", "To another cell": logged, nothing else becomes of a packet than before.
+#[test]
+fn what_is_between_containers_is_logged_while_that_is_on() {
+    let mut cell = walk::start(7);
+    let mut add = |n: u8| cell.add(walk::wanted(n)).expect("added").addr.get();
+    let (one, two) = (add(1), add(2));
+    let other_cell = Ipv4Addr::new(10, 255, 4, 2);
+    let udp = Policy { transport: Transport::Udp, ..policy(1, 5, 2, (53, 53)) };
+    cell.policies(by_app([policy(1, 5, 2, (8080, 8090)), udp]));
+    let off = plan(cell.inputs());
+    let cases = [
+        (one, two, Probe::Tcp { port: 8080 }, Verdict::Allowed, Some("weft:allowed-c2c")),
+        (one, two, Probe::Udp { port: 53 }, Verdict::Allowed, Some("weft:allowed-c2c")),
+        (one, two, Probe::Tcp { port: 80 }, Verdict::Refused, Some("weft:denied-c2c")),
+        (two, one, Probe::Udp { port: 8080 }, Verdict::Refused, Some("weft:denied-c2c")),
+        (one, other_cell, Probe::Tcp { port: 1 }, Verdict::Allowed, None),
+        (two, other_cell, Probe::Tcp { port: 1 }, Verdict::Refused, Some("weft:denied-overlay")),
+    ];
+    for on in [false, true, false] {
+        cell.log_c2c(on);
+        for (from, to, probe, verdict, line) in cases {
+            let told = ask_on(&cell, from, to, probe, |_| Route::Device("silk-vtep".parse().expect("name")));
+            let lines: Vec<String> = line.filter(|_| on).map(str::to_owned).into_iter().collect();
+            assert_eq!((told.verdict, &told.logged), (verdict, &lines), "{from} to {to}: {told:?}");
+            let by_app = told.rule.as_ref().is_some_and(|rule| rule.starts_with("app-"));
+            let let_in = line == Some("weft:allowed-c2c");
+            assert_eq!(by_app, let_in && !on, "who is let in meets no rule more while it is off: {told:?}");
+            let policy = told.whose.starts_with("policy from app app-1 to app app-2");
+            assert_eq!(policy, let_in, "{told:?}");
+        }
+    }
+    assert_eq!(plan(cell.inputs()), off, "switched off, nothing of it is left");
+}
+
 /// dataplane.md, "To the world", line 3: the look that comes first says all that the lines before it ask for.
 #[test]
 fn only_a_containers_own_packets_to_the_world_pass_by_what_was_let_out_before() {

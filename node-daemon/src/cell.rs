@@ -33,6 +33,7 @@ use crate::kernel::events::Event;
 use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
+use crate::policy_server::Applied;
 use crate::report::status;
 use call::lay_inside;
 pub use policies::Policies;
@@ -80,6 +81,7 @@ pub struct Underlay {
 enum Asked {
     Add { container: Arc<Container>, namespace: Arc<OwnedFd>, reply: Reply<LinkSpec> },
     Delete { addr: OverlayAddr, reply: Reply<()> },
+    LogC2c { on: bool, reply: Reply<bool> },
 }
 
 struct Running<K> {
@@ -96,6 +98,10 @@ struct Running<K> {
     forgetting_fails: bool,
     /// The roster has changed since the directory was published.
     roster_changed: bool,
+    /// What was taken last from the policy server's answers, and the policies among it.
+    taken: Applied,
+    policies: Arc<weft_model::policy::Policies>,
+    policies_changed: bool,
 }
 
 impl<K: Kernel> Task<K> {
@@ -117,6 +123,9 @@ impl<K: Kernel> Task<K> {
             forgetting: false,
             forgetting_fails: false,
             roster_changed: true,
+            taken: Applied::default(),
+            policies: Arc::default(),
+            policies_changed: false,
         };
         running.follow_leases();
         running.follow_guard();
@@ -175,9 +184,10 @@ impl<K: Kernel> Started<K> {
                     running.wave(Vec::new()).await;
                 }
                 () = said(&mut running.task.policies) => {
+                    let (began, before) = (std::time::Instant::now(), running.taken);
                     running.follow_policies();
                     running.wave(Vec::new()).await;
-                    running.policies_applied();
+                    running.task.metrics.applied(before, running.taken, began.elapsed());
                 }
                 Some(()) = touched.next() => {
                     // All that is said at once is one change.
@@ -249,14 +259,17 @@ impl<K: Kernel> Running<K> {
             self.answer(asked, &failed);
         }
         self.forget_resting();
-        if std::mem::take(&mut self.roster_changed) {
-            if let Some(directory) = &self.task.directory {
-                directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
-            }
-            if let Some(policies) = &self.task.policies {
-                policies.want(self.task.cell.roster());
-            }
+        let roster_changed = std::mem::take(&mut self.roster_changed);
+        if (std::mem::take(&mut self.policies_changed) || roster_changed)
+            && let Some(directory) = &self.task.directory
+        {
+            let policies = Arc::clone(&self.policies);
+            directory.send_replace(Arc::new(Directory::of(self.task.cell.roster(), policies)));
         }
+        if let Some(policies) = self.task.policies.as_ref().filter(|_| roster_changed) {
+            policies.want(self.task.cell.roster());
+        }
+        self.policies_applied();
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
     }
 
@@ -320,6 +333,14 @@ impl<K: Kernel> Running<K> {
                 let ready = self.task.cell.ready().map_err(|reason| self.explained(reason));
                 drop(reply.send(Ok(status(&self.task.cell, &self.task.overlay.borrow(), ready.err()))));
             }
+            Request::LogC2c { set: None, reply } => {
+                drop(reply.send(Ok(self.task.cell.inputs().log_c2c)));
+            }
+            Request::LogC2c { set: Some(on), reply } => {
+                self.task.cell.log_c2c(on);
+                asked.push(Asked::LogC2c { on, reply });
+            }
+            Request::Measure { reply } => drop(reply.send(Ok(self.size()))),
             Request::Forgotten(addrs) => {
                 (self.forgetting, self.forgetting_fails) = (false, false);
                 self.task.cell.forgotten(&addrs);
@@ -354,7 +375,7 @@ impl<K: Kernel> Running<K> {
                         why: chain(error),
                     })));
                 }
-                delete @ Asked::Delete { .. } => kept.push(delete),
+                other @ (Asked::Delete { .. } | Asked::LogC2c { .. }) => kept.push(other),
             }
         }
         kept
@@ -384,6 +405,7 @@ impl<K: Kernel> Running<K> {
             let newborn = matches!(&key, Key::Link(addr) if namespaces.contains_key(addr));
             // A caller hears of its own link; everything else is for the log, once until it is mended.
             if !newborn && self.reported.insert(key.clone()) {
+                self.task.metrics.refused();
                 error!(%key, %why, "kernel refused a change; it is tried again");
             }
         }
@@ -395,6 +417,10 @@ impl<K: Kernel> Running<K> {
             Asked::Delete { addr, reply } => {
                 let failed = failed.get(&Key::Link(addr)).cloned();
                 drop(reply.send(failed.map_or(Ok(()), Err)));
+            }
+            Asked::LogC2c { on, reply } => {
+                let failed = failed.iter().find(|(key, _)| key.is_firewall()).map(|(_, why)| why.clone());
+                drop(reply.send(failed.map_or(Ok(on), Err)));
             }
             Asked::Add { container, namespace, reply } => {
                 let spec = LinkSpec::of(&container);

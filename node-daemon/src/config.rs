@@ -110,6 +110,12 @@ pub struct Config {
     /// Security groups come from the policy server, and change while containers run.
     #[serde(default = "default::enabled")]
     pub enable_asg_syncing: bool,
+    /// What is between containers is in the traffic log, whatever the CNI configuration says: at the start.
+    #[serde(default)]
+    pub iptables_c2c_logging: bool,
+    /// Forced polls and switches, as silk's agent has them.
+    #[serde(default)]
+    pub runbook_endpoints: RunbookEndpoints,
     /// Health and metrics, plain HTTP on loopback.
     #[serde(default = "default::health_address")]
     pub health_address: SocketAddr,
@@ -117,6 +123,22 @@ pub struct Config {
     pub log_level: String,
     #[serde(default)]
     pub log_format: Format,
+}
+
+/// Plain HTTP on loopback, with the ports of silk's agent.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunbookEndpoints {
+    pub enabled: bool,
+    pub force_address: SocketAddr,
+    pub debug_address: SocketAddr,
+}
+
+impl Default for RunbookEndpoints {
+    fn default() -> Self {
+        let at = |port| ([127, 0, 0, 1], port).into();
+        Self { enabled: false, force_address: at(8722), debug_address: at(8721) }
+    }
 }
 
 /// What silk's agent waits for an answer.
@@ -191,6 +213,8 @@ pub enum Refused {
     PolicyServerFile(&'static str),
     #[error("{0}: {1} is not a number of seconds from 0.1 to 86,400")]
     Interval(&'static str, f64),
+    #[error("{0}: {1} is not a loopback address")]
+    NotLoopback(&'static str, SocketAddr),
 }
 
 impl Config {
@@ -217,6 +241,15 @@ impl Config {
         ] {
             if !(0.1..=86_400.0).contains(&seconds) {
                 return Err(Refused::Interval(field, seconds));
+            }
+        }
+        let RunbookEndpoints { force_address, debug_address, .. } = self.runbook_endpoints;
+        for (field, address) in [
+            ("runbook_endpoints.force_address", force_address),
+            ("runbook_endpoints.debug_address", debug_address),
+        ] {
+            if !address.ip().is_loopback() {
+                return Err(Refused::NotLoopback(field, address));
             }
         }
         Ok(())
@@ -338,6 +371,12 @@ mod tests {
     fn the_shortest_configuration_is_complete() {
         let config = load(&minimal()).expect("valid");
         assert_eq!((config.vtep_name.as_str(), config.vtep_port, config.mtu), ("silk-vtep", 4789, 0));
+        let endpoints = RunbookEndpoints {
+            enabled: false,
+            force_address: ([127, 0, 0, 1], 8722).into(),
+            debug_address: ([127, 0, 0, 1], 8721).into(),
+        };
+        assert_eq!((config.runbook_endpoints, config.iptables_c2c_logging), (endpoints, false));
     }
 
     #[test]
@@ -356,6 +395,10 @@ mod tests {
             ("enable_overlay_ingress_rules", json!(true)),
             ("policy_poll_interval_seconds", json!(0)),
             ("asg_poll_interval_seconds", json!(1e9)),
+            ("runbook_endpoints", json!({"enabled": "yes"})),
+            ("runbook_endpoints", json!({"force_address": "10.0.0.1:8722"})),
+            ("runbook_endpoints", json!({"debug_address": "0.0.0.0:8721"})),
+            ("runbook_endpoints", json!({"debug_port": 8721})),
             ("cell_id", json!("")),
             ("no_such_field", json!(1)),
         ] {

@@ -24,9 +24,10 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use weft_model::cell::Roster;
 use weft_model::container::Container;
-use weft_model::firewall::explain::rule_behind;
+use weft_model::firewall::explain::{app_behind, policy_behind, rule_behind};
+use weft_model::policy::Policies;
 use weft_model::profile::Known;
-use weft_model::traffic::{Decision, Protocol, Record, Suppressed, Suppression, Totals};
+use weft_model::traffic::{Decision, Direction, Protocol, Record, Suppressed, Suppression, Totals};
 
 use crate::kernel::nflog::Event;
 
@@ -38,7 +39,7 @@ pub use counters::{Counters, Lost};
 pub use line::{Host, Timestamps};
 
 use file::{LogFile, Turn};
-use line::Writer;
+use line::{Sender, Writer};
 
 /// Lines that wait for the file: some 2 MiB.
 const QUEUE: usize = 8192;
@@ -56,6 +57,8 @@ pub struct Settings {
 #[derive(Debug, Clone, Default)]
 pub struct Directory {
     pub by_addr: BTreeMap<Ipv4Addr, Entered>,
+    /// Of one answer of the policy server, which is the one that packets' marks are from.
+    pub policies: Arc<Policies>,
 }
 
 #[derive(Debug, Clone)]
@@ -65,20 +68,39 @@ pub struct Entered {
 }
 
 impl Directory {
-    pub fn of(roster: &Roster) -> Self {
+    pub fn of(roster: &Roster, policies: Arc<Policies>) -> Self {
         let entered = |(container, _): (&Arc<Container>, _)| {
             let profile = container.profile.and_then(|digest| roster.profile(digest)).cloned();
             (container.addr.get(), Entered { container: Arc::clone(container), profile })
         };
-        Self { by_addr: roster.iter().map(entered).collect() }
+        Self { by_addr: roster.iter().map(entered).collect(), policies }
     }
 
     pub fn identify(&self, addr: Ipv4Addr) -> Option<&Container> {
         self.by_addr.get(&addr).map(|entered| &*entered.container)
     }
 
+    /// Who sent what a container received from another, as far as it is known.
+    fn sender(&self, record: &Record) -> Option<Sender<'_>> {
+        if !record.decision.is_between_containers() || record.direction() == Direction::Egress {
+            return None;
+        }
+        match self.identify(record.packet.source) {
+            Some(container) => Some(Sender::Container(container)),
+            None => app_behind(&self.policies, record.mark).map(Sender::App),
+        }
+    }
+
     fn rule(&self, record: &Record) -> Option<String> {
         let entered = self.by_addr.get(&record.container())?;
+        if record.decision == Decision::AllowedC2c {
+            return policy_behind(
+                &self.policies,
+                &entered.container.owner.app()?,
+                record.mark,
+                &record.packet,
+            );
+        }
         rule_behind(entered.profile.as_ref()?.profile(), record.decision, &record.packet)
     }
 }
@@ -241,7 +263,8 @@ impl Scribe {
         match &entry.told {
             Told::Decided(record) => {
                 let rule = directory.rule(record);
-                self.writer.decided(record, directory.identify(record.container()), rule)
+                let who = directory.identify(record.container());
+                self.writer.decided(record, who, directory.sender(record), rule)
             }
             Told::Suppressed(suppressed, at) => {
                 self.writer.suppressed(*suppressed, directory.identify(suppressed.container), *at)
@@ -274,8 +297,7 @@ impl Scribe {
 
 /// Whether the kernel counts what is told here: of what is allowed, it limits the lines of UDP only.
 fn is_limited(record: &Record) -> bool {
-    const UDP: Protocol = Protocol(17);
-    record.decision != Decision::Allowed || record.packet.protocol == UDP
+    !record.decision.allows() || record.packet.protocol == Protocol::UDP
 }
 
 #[cfg(test)]

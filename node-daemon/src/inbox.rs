@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::cell::Wanted;
 use weft_model::container::Handle;
+use weft_model::firewall::Size;
 use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
@@ -46,6 +47,15 @@ pub enum Request {
     },
     Status {
         reply: Reply<StatusResponse>,
+    },
+    /// Switches the log of what is between containers, if anything is to be set; answered with what holds then.
+    LogC2c {
+        set: Option<bool>,
+        reply: Reply<bool>,
+    },
+    /// How large the firewall's program is.
+    Measure {
+        reply: Reply<Size>,
     },
     /// The connections of these addresses are gone.
     Forgotten(BTreeSet<OverlayAddr>),
@@ -105,6 +115,15 @@ impl Inbox {
     pub async fn tell(&self, request: Request) {
         // The cell's task is gone only at the end of the daemon.
         drop(self.0.send(request).await);
+    }
+
+    /// Whether what is between containers is logged: as it is in the kernel when this is done.
+    pub async fn log_c2c(&self, set: Option<bool>) -> Result<bool, Reason> {
+        self.ask("switching the log", |reply| Request::LogC2c { set, reply }).await
+    }
+
+    pub async fn measure(&self) -> Result<Size, Reason> {
+        self.ask("measuring the firewall", |reply| Request::Measure { reply }).await
     }
 
     async fn ask<T>(&self, operation: &str, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Reason> {

@@ -47,6 +47,7 @@ use weft_model::traffic::Totals;
 
 use delete::Deleters;
 use dump::RouteSocket;
+pub use dump::Traffic;
 use lay::Work;
 use rules::RulesSocket;
 pub use rules::transaction;
@@ -253,6 +254,30 @@ impl Counted {
         self.0.totals().map_err(|source| KernelError::Refused {
             operation: "read",
             subject: "the firewall's counters".into(),
+            source,
+        })
+    }
+}
+
+/// Reads what devices have carried, on a socket of its own: nothing that changes the cell waits for it.
+#[derive(Debug)]
+pub struct LinkCounters(RouteSocket);
+
+impl LinkCounters {
+    /// For the network namespace of the calling thread.
+    pub fn open() -> Result<Self, KernelError> {
+        RouteSocket::open(NETLINK_ROUTE, 0).map(Self).map_err(|source| KernelError::Refused {
+            operation: "open a netlink socket for",
+            subject: "the links' counters".into(),
+            source,
+        })
+    }
+
+    /// All devices, in one dump. Blocks for as long as the kernel takes.
+    pub fn read(&mut self) -> Result<Vec<Traffic>, KernelError> {
+        dump::traffic(&mut self.0).map_err(|source| KernelError::Refused {
+            operation: "read",
+            subject: "the links' counters".into(),
             source,
         })
     }

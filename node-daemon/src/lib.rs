@@ -4,7 +4,7 @@
 //!  weft-cni ──▶ api ──▶ inbox ──▶ cell ──▶ kernel (VXLAN, routes, links, nf_tables)
 //!              profiles            ▲ │ └──▶ journal        health, metrics
 //!  controllers ◀──▶ lease_stream ──┤ │ └◀── kernel::events, kernel::ruleset_events
-//!  policy server ◀──▶ policy_server┤ │
+//!  policy server ◀──▶ policy_server┤ │ ◀── runbook
 //!  iptables ◀──▶ guard ──────────────┘ └──▶ flow_log ◀── kernel::nflog
 //! ```
 //! One task per module; each module's first lines say what it owns, what wakes it and what it emits.
@@ -28,4 +28,5 @@ pub mod profiles;
 pub mod question;
 pub mod report;
 pub mod run;
+pub mod runbook;
 pub mod snapshot;

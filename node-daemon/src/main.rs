@@ -79,10 +79,10 @@ fn main() -> ExitCode {
 fn start(config: &Path) -> Result<()> {
     let config: Config = weft_daemon::config::load(config)?;
     config.check()?;
-    weft_daemon::log::init(&config.log_level, config.log_format).context("log_level")?;
+    let level = weft_daemon::log::init(&config.log_level, config.log_format).context("log_level")?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start a runtime")?;
-    let done = runtime.block_on(run::run(config));
+    let done = runtime.block_on(run::run(config, level));
     // Threads that wait for the kernel do not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
     done

@@ -8,7 +8,7 @@
 //!                      └───────┘ when to ask what: weft_model::follow
 //! ```
 //! Owns the connections to the server and the snapshot. Woken by a change of the cell's apps and spaces, by what was
-//! applied of what it published, by answers and by deadlines. Emits [`Known`]. Nothing known is ever given up for an
+//! applied of what it published, by answers, by deadlines and by whoever forces a poll. Emits [`Known`]. Nothing known is ever given up for an
 //! outage: what it is worth is told by its age.
 
 mod answer;
@@ -25,11 +25,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 use weft_model::asg::group::SecurityGroup;
-use weft_model::follow::{Act, Event, Follow, Ids, Intervals, Outcome, Subject};
+use weft_model::follow::{Act, Event, Follow, Ids, Intervals, Outcome, Subject, Ticket};
 use weft_model::policy::{Policies, PolicyTag};
 
 pub use answer::Listed;
@@ -41,6 +41,7 @@ pub use url::{NotAUrl, ServerUrl};
 
 use crate::cell::chain;
 use crate::follower::{due, pick};
+use crate::metrics::Metrics;
 
 /// For all requests of one question together.
 const QUESTION: Duration = Duration::from_secs(60);
@@ -91,12 +92,22 @@ pub struct Applied {
     pub router: u64,
 }
 
+/// Somebody wants a subject fetched and applied now.
+#[derive(Debug)]
+pub struct Forced {
+    pub subject: Subject,
+    /// Told when that is done, or why it is not.
+    pub reply: oneshot::Sender<Result<(), String>>,
+}
+
 /// Follows the server until no one tells it of the cell any more. The first ids are those that are there at the start.
 pub async fn run(
     config: Config,
     mut ids: watch::Receiver<Arc<Ids>>,
     out: watch::Sender<Known>,
     mut applied: watch::Receiver<Applied>,
+    mut forced: mpsc::Receiver<Forced>,
+    metrics: Arc<Metrics>,
 ) {
     let origin = Instant::now();
     let Intervals { groups, router, .. } = config.intervals;
@@ -130,7 +141,10 @@ pub async fn run(
         asks: FuturesUnordered::new(),
         fresh: None,
         left_out: BTreeMap::new(),
+        forced: BTreeMap::new(),
+        metrics,
     };
+    let mut last_ticket = 0;
     ids.mark_changed();
     applied.mark_changed();
     loop {
@@ -150,7 +164,12 @@ pub async fn run(
                 }
                 Err(_) => return,
             },
-            Some((subject, answer)) = run.asks.next() => vec![Event::Answered(subject, run.take(subject, answer))],
+            Some(asked) = run.asks.next() => vec![Event::Answered(asked.subject, run.take(asked))],
+            Some(Forced { subject, reply }) = forced.recv() => {
+                last_ticket += 1;
+                run.forced.insert(last_ticket, reply);
+                vec![Event::Forced(subject, last_ticket)]
+            }
             () = due(origin, follow.next_deadline()) => vec![Event::Due],
         };
         for event in events {
@@ -166,17 +185,32 @@ struct Run {
     /// One for each subject, so that none waits for another.
     clients: BTreeMap<Subject, Arc<Client>>,
     out: watch::Sender<Known>,
-    asks: FuturesUnordered<BoxFuture<'static, (Subject, Result<Answer, String>)>>,
+    asks: FuturesUnordered<BoxFuture<'static, Asked>>,
     /// The answer that is being dealt with.
     fresh: Option<Value>,
     /// What was left out of the last answers, as logged.
     left_out: BTreeMap<Subject, BTreeSet<String>>,
+    /// Those who forced a poll and wait for its end.
+    forced: BTreeMap<Ticket, oneshot::Sender<Result<(), String>>>,
+    metrics: Arc<Metrics>,
+}
+
+/// A question that has ended.
+struct Asked {
+    subject: Subject,
+    /// What went wrong: the kind, and all of it.
+    answer: Result<Answer, (&'static str, String)>,
+    took: Duration,
 }
 
 impl Run {
-    fn take(&mut self, subject: Subject, answer: Result<Answer, String>) -> Outcome {
+    fn take(&mut self, Asked { subject, answer, took }: Asked) -> Outcome {
+        self.metrics.polled(subject, took);
         match answer {
-            Err(why) => Outcome::Failed(why),
+            Err((kind, why)) => {
+                self.metrics.poll_failed(subject, kind);
+                Outcome::Failed(why)
+            }
             Ok(Answer::Unchanged) => Outcome::Unchanged,
             Ok(Answer::Fetched(Fetched { value, stamp, left_out })) => {
                 self.log_left_out(subject, left_out);
@@ -194,13 +228,14 @@ impl Run {
             Act::Ask { subject, ids, unless } => {
                 let client = Arc::clone(&self.clients[&subject]);
                 self.asks.push(Box::pin(async move {
+                    let began = Instant::now();
                     let answer =
                         tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, unless));
                     let answer = match answer.await {
-                        Ok(answer) => answer.map_err(|error| chain(&error)),
-                        Err(_) => Err(format!("no answer within {QUESTION:?}")),
+                        Ok(answer) => answer.map_err(|error| (error.source.kind(), chain(&error))),
+                        Err(_) => Err(("late", format!("no answer within {QUESTION:?}"))),
                     };
-                    (subject, answer)
+                    Asked { subject, answer, took: began.elapsed() }
                 }));
             }
             Act::Publish { number, ids, .. } => {
@@ -221,6 +256,10 @@ impl Run {
             Act::Lost { subject, why } => {
                 warn!(?subject, why, "the policy server cannot be asked; what was known stays");
                 self.out.send_modify(|known| drop(known.lost.insert(subject, why)));
+            }
+            Act::Done(ticket, how) => {
+                // Whoever forced it may have gone.
+                drop(self.forced.remove(&ticket).map(|reply| reply.send(how)));
             }
             Act::Found(subject) => {
                 info!(?subject, "the policy server answers again");

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 use weft_daemon::http::{self, Health};
+use weft_daemon::log::Level;
 use weft_daemon::tls::TlsError;
 use weft_model::cell::{Cell, VXLAN_OVERHEAD};
 use weft_model::firewall::Guard;
@@ -20,24 +21,28 @@ use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
 use crate::cell::{Policies, Task, chain};
-use crate::config::Config;
+use crate::config::{Config, RunbookEndpoints};
 use crate::flow_log::{self, Directory, FlowLog};
 use crate::guard;
 use crate::inbox::inbox;
 use crate::journal::Journal;
-use crate::kernel::{Counted, Kernel, Netlink, events, nflog, ruleset_events};
+use crate::kernel::{Counted, Kernel, LinkCounters, Netlink, events, nflog, ruleset_events};
 use crate::lease_stream::{Controllers, LeaseStream};
 use crate::metrics::Metrics;
+use crate::metrics::measured::{self, Measured};
 use crate::overlay::Overlay;
 use crate::policy_server;
+use crate::runbook::Runbook;
 use crate::snapshot;
 
 /// How long a daemon waits for the one before it to end.
 const SUCCESSION: Duration = Duration::from_secs(3);
+/// Forced polls that wait to be taken.
+const POLLS: usize = 64;
 /// How often lines say how much was not logged.
 const COUNTED_EVERY: Duration = Duration::from_secs(10);
 
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(config: Config, level: Level) -> Result<()> {
     let ended = ended()?;
     #[expect(clippy::disallowed_methods, reason = "certificates are valid in wall-clock time")]
     let now = SystemTime::now();
@@ -52,6 +57,15 @@ pub async fn run(config: Config) -> Result<()> {
     let socket = patiently(async || Socket::bind(&config.socket)).await?;
     let health_listener = patiently(async || http::bind(config.health_address).await).await;
     let health_listener = health_listener.context("health_address")?;
+    let runbook_listeners = match &config.runbook_endpoints {
+        RunbookEndpoints { enabled: false, .. } => None,
+        RunbookEndpoints { force_address, debug_address, .. } => {
+            let bind =
+                async |address, field| patiently(async || http::bind(address).await).await.context(field);
+            let force = bind(*force_address, "runbook_endpoints.force_address").await?;
+            Some((force, bind(*debug_address, "runbook_endpoints.debug_address").await?))
+        }
+    };
     let (journal, records) = Journal::open(&config.state_directory, &boot_id)?;
     let snapshot = snapshot::load(&config.state_directory)?;
 
@@ -84,19 +98,35 @@ pub async fn run(config: Config) -> Result<()> {
             overlay.fenced = keeper.fenced().cloned();
         });
     }
-    let directory = match config.traffic_log() {
-        Some(settings) => Some(traffic_log(settings, config.traffic_log_group, &mut registry).await?),
-        None => None,
-    };
+    let (directory, entered) = watch::channel(Arc::default());
+    if let Some(settings) = config.traffic_log() {
+        traffic_log(settings, config.traffic_log_group, entered.clone(), &mut registry).await?;
+    }
+    let (polls, forced) = mpsc::channel(POLLS);
     let policies = match config.policy_server() {
-        Some(server) => Some(follow_policies(server).await),
+        Some(server) => Some(follow_policies(server, forced, Arc::clone(&metrics)).await),
         None => None,
     };
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
     let mut cell = Cell::new(config.cell());
+    cell.log_c2c(config.iptables_c2c_logging);
     cell.replay(records);
+    let runbook = Runbook {
+        inbox: inbox.clone(),
+        polls: policies.as_ref().map(|_| polls),
+        groups: policies.as_ref().is_some_and(|policies| policies.groups),
+        level: Arc::new(level),
+    };
+    let measured = Measured::new(measured::Sources {
+        vtep: config.vtep_name.clone(),
+        inbox: inbox.clone(),
+        links: LinkCounters::open()?,
+        directory: entered,
+        known: policies.as_ref().map(|policies| policies.known.clone()),
+    });
+    registry.register_collector(Box::new(Arc::clone(&measured)));
     let task = Task {
         cell,
         kernel,
@@ -107,13 +137,18 @@ pub async fn run(config: Config) -> Result<()> {
         underlay: config.underlay(),
         guard,
         policies,
-        directory,
+        directory: Some(directory),
         metrics,
     };
     let started = task.start().await?;
     info!(underlay = %config.underlay_ip, version = env!("CARGO_PKG_VERSION"), "started");
     tokio::spawn(started.run(events, touched));
-    tokio::spawn(http::serve(health_listener, move || health(&leases), Arc::new(registry)));
+    let measure: http::Measure = Box::new(move || Box::pin(Arc::clone(&measured).measure()));
+    let registry = Arc::new(registry);
+    tokio::spawn(http::serve_measured(health_listener, move || health(&leases), registry, measure));
+    if let Some((force, debug)) = runbook_listeners {
+        tokio::spawn(runbook.serve(force, debug));
+    }
     let stream = LeaseStream {
         cell: who,
         controllers: Controllers {
@@ -133,24 +168,28 @@ pub async fn run(config: Config) -> Result<()> {
 
 /// Starts to follow the policy server. What it last said, before this node's start, is known from then on: the first wave
 /// must not take it from the kernel.
-async fn follow_policies(server: policy_server::Config) -> Policies {
+async fn follow_policies(
+    server: policy_server::Config,
+    forced: mpsc::Receiver<policy_server::Forced>,
+    metrics: Arc<Metrics>,
+) -> Policies {
     let groups = server.intervals.groups.is_some();
     let (out, mut known) = watch::channel(policy_server::Known::default());
     let (ids, wanted) = watch::channel(Arc::default());
     let (applied, done) = watch::channel(policy_server::Applied::default());
-    tokio::spawn(policy_server::run(server, wanted, out, done));
+    tokio::spawn(policy_server::run(server, wanted, out, done, forced, metrics));
     // An error only if that task has ended, and then there is nothing to wait for.
     drop(known.changed().await);
     Policies { known, ids, applied, groups }
 }
 
-/// Starts the traffic log; gives the way to tell it who is who.
+/// Starts the traffic log.
 async fn traffic_log(
     settings: flow_log::Settings,
     group: u16,
+    known: watch::Receiver<Arc<Directory>>,
     registry: &mut Registry,
-) -> Result<watch::Sender<Arc<Directory>>> {
-    let (directory, known) = watch::channel(Arc::default());
+) -> Result<()> {
     let records = patiently(async || nflog::listen(group)).await?;
     let log = FlowLog::start(settings, known).context("start the traffic log's thread")?;
     log.counters().register(registry);
@@ -166,7 +205,7 @@ async fn traffic_log(
             thread::sleep(COUNTED_EVERY);
         }
     })?;
-    Ok(directory)
+    Ok(())
 }
 
 /// A daemon that was killed keeps its sockets until its last thread is out of the kernel, where deleting a link may

@@ -436,3 +436,33 @@ fn without_a_journal_nothing_is_added() {
         world.add(1, namespace()).await.unwrap();
     });
 }
+
+/// docs/traffic-log.md: switched while it runs, in one transaction; who asks for it hears when it is in the kernel.
+#[test]
+fn the_log_of_traffic_between_containers_is_switched_at_once() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        world.add(1, namespace()).await.unwrap();
+        let logs = || {
+            let output = Command::new("nft").args(["list", "table", "inet", "weft"]).output().unwrap();
+            String::from_utf8(output.stdout).unwrap().contains("weft:denied-c2c")
+        };
+        assert!(!logs());
+        assert_eq!(world.inbox.log_c2c(None).await, Ok(false));
+        for on in [true, false, true] {
+            assert_eq!(world.inbox.log_c2c(Some(on)).await, Ok(on));
+            assert_eq!((logs(), world.inbox.log_c2c(None).await), (on, Ok(on)));
+        }
+        world.refuses.store(0, Ordering::Relaxed);
+        let refused = world.inbox.log_c2c(Some(false)).await.unwrap_err().to_string();
+        assert!(refused.contains("injected"), "{refused}");
+        world.refuses.store(NEVER, Ordering::Relaxed);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while logs() {
+            assert!(Instant::now() < deadline, "what was refused is tried again");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let size = world.inbox.measure().await.unwrap();
+        assert!(size.rules > 20 && size.elements > 5, "{size:?}");
+    });
+}

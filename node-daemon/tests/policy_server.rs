@@ -12,12 +12,14 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use policy_server::world::{Reply, World, certificates, ok};
+use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use weft_model::follow::{Ids, Intervals, Stamp, Subject};
 use weft_model::policy::AppGuid;
 use weft_node::cell::chain;
-use weft_node::policy_server::{Applied, Client, Config, Known, run};
+use weft_node::metrics::Metrics;
+use weft_node::policy_server::{Applied, Client, Config, Forced, Known, run};
 
 const POLICIES: &str = "/networking/v1/internal/policies?id=";
 const GROUPS: &str = "/networking/v1/internal/security_groups?limit=5000&from=";
@@ -239,12 +241,17 @@ struct Following {
     ids: watch::Sender<Arc<Ids>>,
     known: watch::Receiver<Known>,
     applied: watch::Sender<Applied>,
+    polls: mpsc::Sender<Forced>,
+    metrics: Registry,
     task: tokio::task::JoinHandle<()>,
 }
 
 /// `router`: their tag as well.
 fn follow(world: &World, ids: Ids, router: bool) -> Following {
-    let often = Duration::from_millis(100);
+    follow_each(Duration::from_millis(100), world, ids, router)
+}
+
+fn follow_each(often: Duration, world: &World, ids: Ids, router: bool) -> Following {
     let config = Config {
         server: world.server(&world.files, Duration::from_secs(60)),
         intervals: Intervals { policies: often, groups: Some(often), router: router.then_some(often) },
@@ -253,8 +260,11 @@ fn follow(world: &World, ids: Ids, router: bool) -> Following {
     let (ids, wanted) = watch::channel(Arc::new(ids));
     let (out, known) = watch::channel(Known::default());
     let (applied, applied_receiver) = watch::channel(Applied::default());
-    let task = tokio::spawn(run(config, wanted, out, applied_receiver));
-    Following { ids, known, applied, task }
+    let (polls, forced) = mpsc::channel(4);
+    let mut metrics = Registry::default();
+    let counted = Arc::new(Metrics::new(&mut metrics));
+    let task = tokio::spawn(run(config, wanted, out, applied_receiver, forced, counted));
+    Following { ids, known, applied, polls, metrics, task }
 }
 
 /// Not a measure of speed: what never comes is to fail rather than hang.
@@ -358,4 +368,40 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
 
     world.answer(answers);
     until(&mut following.known, |known| known.lost.is_empty() && group(known).is_some()).await;
+}
+
+/// What is forced is fetched though nothing has changed and nobody would ask for an hour, and ends when it is applied.
+#[tokio::test]
+async fn a_forced_poll_ends_when_it_is_applied_or_says_why_not() {
+    let world = World::start(|path| match path.ends_with("last_updated") {
+        true => ok(7),
+        false => list(&[policy("a", "0001", "b")]),
+    })
+    .await;
+    let mut following = follow_each(Duration::from_secs(3600), &world, ids(&["a"]), false);
+    until(&mut following.known, |known| known.policies.is_some()).await;
+    let polls = following.polls.clone();
+    let force = || {
+        let (reply, done) = oneshot::channel();
+        polls.try_send(Forced { subject: Subject::Policies, reply }).unwrap();
+        done
+    };
+    let mut done = force();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    done.try_recv().expect_err("it is not applied yet");
+    following.applied.send_replace(Applied { policies: 1, ..Applied::default() });
+    assert_eq!(done.await.unwrap(), Ok(()));
+    world.asked();
+    assert_eq!(force().await.unwrap(), Ok(()));
+    let asked = world.asked();
+    assert!(asked.iter().any(|path| path.starts_with(POLICIES)), "unconditionally: {asked:?}");
+
+    world.answer(|_| Reply::Text(500, r#"{"error": "database read failed"}"#.into()));
+    let why = force().await.unwrap().unwrap_err();
+    assert!(why.contains("database read failed"), "{why}");
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &following.metrics).unwrap();
+    let failures = r#"weft_node_poll_failures_total{subject="policies",kind="status"} 1"#;
+    assert!(text.contains(failures), "{text}");
+    assert!(text.contains(r#"weft_node_poll_seconds_count{subject="policies"} 4"#), "{text}");
 }

@@ -15,7 +15,7 @@ use crate::firewall::{
 use crate::lease::Lease;
 use crate::link::LinkSpec;
 use crate::policy::{AppGuid, AppPolicies, Policies, PolicyTag};
-use crate::profile::Digest;
+use crate::profile::{Digest, Known};
 use crate::subnet::{OverlayNetwork, OverlaySubnet};
 
 /// Bytes that VXLAN over IPv4 puts around an inner IP packet: inner Ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348).
@@ -75,6 +75,8 @@ pub struct Inputs {
     pub policies: Policies,
     /// The tag of the overlay's routers as the policy server last gave it, if it means anything here.
     pub router: Option<PolicyTag>,
+    /// What is between containers is logged, whatever their profiles say.
+    pub log_c2c: bool,
     pub roster: Roster,
 }
 
@@ -144,11 +146,14 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
             }
         }
         Unit::Limit(of) => {
-            let used = inputs.roster.profiles().any(|known| limits_of(known.profile()).contains(of));
+            let uses = |known: &Known| limits_of(known.profile(), inputs.log_c2c).contains(of);
+            let used = inputs.roster.profiles().any(|known| uses(known));
             firewall(if used { limit(*of, inputs.config.log_group) } else { Vec::new() })
         }
         Unit::App(guid) => match inputs.policies.get(guid) {
-            Some(policies) if inputs.roster.of_app(guid).next().is_some() => firewall(app(guid, policies)),
+            Some(policies) if inputs.roster.of_app(guid).next().is_some() => {
+                firewall(app(guid, policies, inputs.log_c2c))
+            }
             _ => Vec::new(),
         },
         Unit::Container(handle) => match inputs.roster.get(handle) {
@@ -157,7 +162,8 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
                 let policies = container.owner.app().and_then(|guid| inputs.policies.get(&guid));
                 let policies = policies.map(|policies| &**policies);
                 let known = known.map(|known| &**known);
-                let mut planned = firewall(member(container, known, policies, &inputs.config));
+                let mut planned =
+                    firewall(member(container, known, policies, &inputs.config, inputs.log_c2c));
                 if inputs.config.ingress == OverlayIngress::Taken {
                     planned.extend(firewall(exposed(container)));
                 }
@@ -202,7 +208,7 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
     let leased = inputs.leased.iter().map(|underlay| Unit::Leased(*underlay));
     let profiles = inputs.roster.profiles().map(|known| Unit::Profile(known.digest()));
     let limits: BTreeSet<Limit> =
-        inputs.roster.profiles().flat_map(|known| limits_of(known.profile())).collect();
+        inputs.roster.profiles().flat_map(|known| limits_of(known.profile(), inputs.log_c2c)).collect();
     let limits = limits.into_iter().map(Unit::Limit);
     let settings: BTreeSet<Digest> = inputs.roster.profiles().map(|known| known.settings_digest()).collect();
     let settings = settings.into_iter().map(Unit::Settings);

@@ -16,8 +16,8 @@ pub(super) fn app_chain(guid: &AppGuid) -> String {
     format!("app-{}", digest_of(guid))
 }
 
-/// Nothing for an app that is the destination of no policy.
-pub fn app(guid: &AppGuid, policies: &AppPolicies) -> Planned {
+/// Nothing for an app that is the destination of no policy. `logged`: who is let in, is led past the log.
+pub fn app(guid: &AppGuid, policies: &AppPolicies, logged: bool) -> Planned {
     if policies.inbound.is_empty() {
         return Planned::new();
     }
@@ -27,10 +27,11 @@ pub fn app(guid: &AppGuid, policies: &AppPolicies) -> Planned {
     // Named by its content: a set does not change.
     let senders = format!("senders-{}", digest_of(&(guid, &policies.inbound)));
     let allowed = rule("policy").in_set(&name(&senders), &[Of::Tag, Of::Protocol, Of::Port]);
+    let allowed = if logged { allowed.goto("guests") } else { allowed.let_in() };
     let declared = Set { key, target: Target::Nothing, ranges: true, dynamic: None };
     vec![
         set(&senders, declared, ranges),
-        chain(&app_chain(guid), vec![allowed.let_in(), rule("no policy").goto("strangers")]),
+        chain(&app_chain(guid), vec![allowed, rule("no policy").goto("strangers")]),
     ]
 }
 

@@ -73,6 +73,7 @@ pub fn base(base: &Base<'_>) -> Planned {
         chain("received", base.received()),
         chain("newcomers", base.newcomers()),
         chain("strangers", strangers()),
+        chain("guests", guests()),
         hooked("input", Kind::Filter, Hook::Input, BEFORE_IPTABLES, base.input()),
         chain("to-cell", known("asks-cell")),
         chain("asks-cell", base.asks_cell()),
@@ -101,6 +102,8 @@ fn maps() -> Vec<(Part, Content)> {
         map("translations", ipv4(), Target::Verdict),
         map("apps", ipv4(), Target::Verdict),
         map("uninvited", ipv4(), Target::Verdict),
+        map("untagged", ipv4(), Target::Verdict),
+        map("invited", ipv4(), Target::Verdict),
         map("ports", [Field::Port].into(), Target::Value(vec![Field::Ipv4, Field::Port])),
         map("leased", ipv4(), Target::Nothing),
         map("metadata", ipv4(), Target::Nothing),
@@ -152,6 +155,11 @@ fn strangers() -> Vec<Rule> {
 fn exposed() -> (Part, Content) {
     let key = Key::from([Field::Ipv4, Field::Port]);
     set("exposed", Set { key, target: Target::Nothing, ranges: false, dynamic: None }, Ranges::default())
+}
+
+/// dataplane.md, "To a container": whom a policy lets in. Led to only while that is logged.
+fn guests() -> Vec<Rule> {
+    vec![rule("logged").verdict_from(&name("invited"), &[Of::Destination]), rule("policy").let_in()]
 }
 
 impl Base<'_> {
@@ -214,7 +222,11 @@ impl Base<'_> {
     /// dataplane.md, "To another cell".
     fn to_overlay(&self) -> Vec<Rule> {
         match self.config.policy {
-            true => vec![rule("source of a policy").tagged().accept(), rule("source of no policy").reject()],
+            true => vec![
+                rule("source of a policy").tagged().accept(),
+                rule("logged").verdict_from(&name("untagged"), &[Of::Source]),
+                rule("source of no policy").reject(),
+            ],
             false => vec![rule("policies are disabled").accept()],
         }
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU16;
 
 use nf_tables::machine::{Broken, Decision, Outcome, Packet, Place, Program};
 use serde::Serialize;
@@ -14,7 +15,7 @@ use crate::asg::{EgressRule, Traffic};
 use crate::cell::{Inputs, OverlayIngress, Presence};
 use crate::container::{Container, Handle};
 use crate::link;
-use crate::policy::{AppGuid, Inbound};
+use crate::policy::{AppGuid, Inbound, Policies, PolicyTag};
 use crate::profile::{Profile, Transport};
 use crate::subnet::OverlaySubnet;
 use crate::traffic::{self, Decision as Told};
@@ -116,13 +117,7 @@ impl EgressRule {
 
 /// The rule behind a line of the traffic log about what a container sent.
 pub fn rule_behind(profile: &Profile, decision: Told, packet: &traffic::Packet) -> Option<String> {
-    let to = packet.destination;
-    let probe = match (packet.protocol.0, packet.destination_port, packet.icmp_kind.zip(packet.icmp_code)) {
-        (TCP, Some(port), _) => Probe::Tcp { port },
-        (UDP, Some(port), _) => Probe::Udp { port },
-        (ICMP, _, Some((kind, code))) => Probe::Icmp { kind, code },
-        (protocol, ..) => Probe::Other { protocol },
-    };
+    let (to, probe) = (packet.destination, probe_of(packet));
     match decision {
         Told::Allowed => {
             let rule = profile.rules.iter().rev().find(|rule| rule.covers(to, probe))?;
@@ -131,7 +126,40 @@ pub fn rule_behind(profile: &Profile, decision: Told, packet: &traffic::Packet) 
         // Deny networks are refused without a line.
         Told::Denied => Some("no security group".into()),
         Told::DeniedC2c => Some("no policy".into()),
+        Told::DeniedOverlay => Some("source of no policy".into()),
         Told::Limited | Told::WouldLimit | Told::AllowedC2c => None,
+    }
+}
+
+/// The policy behind a line about what an app received: `mark` is the packet's.
+pub fn policy_behind(
+    policies: &Policies,
+    app: &AppGuid,
+    mark: u32,
+    packet: &traffic::Packet,
+) -> Option<String> {
+    let (tag, probe) = (tag_in(mark)?, probe_of(packet));
+    let mut inbound = policies.get(app)?.inbound.iter();
+    Some(inbound.find(|inbound| inbound.tag == tag && inbound.covers(probe))?.told(app))
+}
+
+/// The app whose packets have this mark, if a policy says so.
+pub fn app_behind(policies: &Policies, mark: u32) -> Option<&AppGuid> {
+    let tag = tag_in(mark)?;
+    policies.iter().find(|(_, policies)| policies.tag == Some(tag)).map(|(app, _)| app)
+}
+
+fn tag_in(mark: u32) -> Option<PolicyTag> {
+    let [low, high, ..] = mark.to_le_bytes();
+    NonZeroU16::new(u16::from_le_bytes([low, high])).map(PolicyTag::new)
+}
+
+fn probe_of(packet: &traffic::Packet) -> Probe {
+    match (packet.protocol.0, packet.destination_port, packet.icmp_kind.zip(packet.icmp_code)) {
+        (TCP, Some(port), _) => Probe::Tcp { port },
+        (UDP, Some(port), _) => Probe::Udp { port },
+        (ICMP, _, Some((kind, code))) => Probe::Icmp { kind, code },
+        (protocol, ..) => Probe::Other { protocol },
     }
 }
 
@@ -268,14 +296,17 @@ fn whose(
             let tag = inputs.router().map(|tag| tag.to_string()).unwrap_or_default();
             format!("overlay ingress: routers' packets carry tag {tag}")
         }
-        _ if chain.starts_with("app-") || chain == "strangers" || chain.starts_with("uninvited-") => {
-            policy(inputs, sender, to, probe)
-        }
+        _ if decides_on_policy(chain) => policy(inputs, sender, to, probe),
         (Some(sender), _) if chain.starts_with("services-") => {
             of(&sender.handle, "services offered by the cell, settings")
         }
         _ => "this cell".into(),
     }
+}
+
+fn decides_on_policy(chain: &str) -> bool {
+    let one = ["strangers", "guests"].contains(&chain);
+    one || ["app-", "uninvited-", "invited-"].iter().any(|begin| chain.starts_with(begin))
 }
 
 /// The policy that lets a sender of this cell in, or that there is none.
@@ -284,24 +315,30 @@ fn policy(inputs: &Inputs, sender: Option<&Container>, to: Ipv4Addr, probe: Prob
     let app = receiver.and_then(|container| container.owner.app());
     let inbound = app.as_ref().and_then(|app| inputs.policies.get(app)).map(|app| app.inbound.as_slice());
     let from = sender.and_then(|container| container.owner.app());
-    let covers = |inbound: &&Inbound| {
-        let ports = inbound.ports.first()..=inbound.ports.last();
-        Some(&inbound.from) == from.as_ref()
-            && match (inbound.transport, probe) {
-                (Transport::Tcp, Probe::Tcp { port }) | (Transport::Udp, Probe::Udp { port }) => {
-                    ports.contains(&port)
-                }
-                _ => false,
-            }
-    };
+    let covers = |inbound: &&Inbound| Some(&inbound.from) == from.as_ref() && inbound.covers(probe);
     let name =
         |app: &Option<AppGuid>| app.as_ref().map_or_else(|| "no app".to_owned(), |app| format!("app {app}"));
-    match inbound.unwrap_or_default().iter().find(covers) {
-        Some(Inbound { ports, transport, .. }) => {
-            let transport = if *transport == Transport::Tcp { "tcp" } else { "udp" };
-            format!("policy from {} to {}, {transport} {ports}", name(&from), name(&app))
+    match (inbound.unwrap_or_default().iter().find(covers), &app) {
+        (Some(inbound), Some(app)) => inbound.told(app),
+        _ => format!("policies: none from {} to {} for this", name(&from), name(&app)),
+    }
+}
+
+impl Inbound {
+    fn covers(&self, probe: Probe) -> bool {
+        match (self.transport, probe) {
+            (Transport::Tcp, Probe::Tcp { port }) | (Transport::Udp, Probe::Udp { port }) => {
+                (self.ports.first()..=self.ports.last()).contains(&port)
+            }
+            _ => false,
         }
-        None => format!("policies: none from {} to {} for this", name(&from), name(&app)),
+    }
+
+    /// As the policy of the app that it lets into.
+    fn told(&self, to: &AppGuid) -> String {
+        let Self { from, transport, ports, .. } = self;
+        let transport = if *transport == Transport::Tcp { "tcp" } else { "udp" };
+        format!("policy from app {from} to app {to}, {transport} {ports}")
     }
 }
 

@@ -4,6 +4,7 @@
 
 use nf_tables::{Dynamic, Field, Key, Name, Ranges, Set, Stateful, Target};
 
+use super::between::{invited, uninvited, untagged};
 use super::draft::{Draft, Part as Of};
 use super::{Planned, name, set};
 use crate::profile::{ConnectionRate, Profile};
@@ -35,13 +36,25 @@ pub enum Lines {
     Limited,
     /// As limited, in a dry run.
     OverLimit,
+    /// To a container, and no policy lets it.
     Uninvited,
+    /// To another cell, from a container whose app is the source of no policy.
+    Untagged,
     AcceptedUdp,
+    /// Of what a policy lets in.
+    InvitedUdp,
 }
 
 impl Lines {
-    pub const ALL: [Self; 5] =
-        [Self::Denied, Self::Limited, Self::OverLimit, Self::Uninvited, Self::AcceptedUdp];
+    pub const ALL: [Self; 7] = [
+        Self::Denied,
+        Self::Limited,
+        Self::OverLimit,
+        Self::Uninvited,
+        Self::Untagged,
+        Self::AcceptedUdp,
+        Self::InvitedUdp,
+    ];
 
     /// What the lines say.
     pub const fn decision(self) -> Decision {
@@ -50,7 +63,9 @@ impl Lines {
             Self::Limited => Decision::Limited,
             Self::OverLimit => Decision::WouldLimit,
             Self::Uninvited => Decision::DeniedC2c,
+            Self::Untagged => Decision::DeniedOverlay,
             Self::AcceptedUdp => Decision::Allowed,
+            Self::InvitedUdp => Decision::AllowedC2c,
         }
     }
 
@@ -60,7 +75,9 @@ impl Lines {
             Self::Limited => "limited",
             Self::OverLimit => "over-limit",
             Self::Uninvited => "uninvited",
+            Self::Untagged => "untagged",
             Self::AcceptedUdp => "accepted-udp",
+            Self::InvitedUdp => "invited-udp",
         }
     }
 }
@@ -79,9 +96,8 @@ impl Limit {
     pub(super) fn key(self) -> &'static [Of] {
         match self {
             Self::Rate { .. } => &[Of::Source, Of::Destination, Of::Port],
-            Self::Lines { of: Lines::Uninvited, .. } | Self::Total { of: Lines::Uninvited } => {
-                &[Of::Destination]
-            }
+            Self::Lines { of: Lines::Uninvited | Lines::InvitedUdp, .. }
+            | Self::Total { of: Lines::Uninvited | Lines::InvitedUdp } => &[Of::Destination],
             _ => &[Of::Source],
         }
     }
@@ -105,8 +121,8 @@ impl Draft {
     }
 }
 
-/// The limits that a profile's chains use.
-pub fn limits_of(profile: &Profile) -> Vec<Limit> {
+/// The limits that a profile's chains use. `log_c2c`: what is between containers is logged, whatever the profile says.
+pub fn limits_of(profile: &Profile, log_c2c: bool) -> Vec<Limit> {
     let settings = &profile.settings;
     let denied = settings.denied_logs_per_sec.get();
     let lines = |of, per_sec| [Limit::Lines { of, per_sec }, Limit::Total { of }];
@@ -120,7 +136,13 @@ pub fn limits_of(profile: &Profile) -> Vec<Limit> {
     }
     if settings.log_all {
         limits.extend(lines(Lines::Denied, denied));
+    }
+    if settings.log_all || log_c2c {
         limits.extend(lines(Lines::Uninvited, denied));
+        limits.extend(lines(Lines::Untagged, denied));
+    }
+    if log_c2c {
+        limits.extend(lines(Lines::InvitedUdp, settings.accepted_udp_logs_per_sec.get()));
     }
     if settings.log_all || profile.rules.iter().any(|rule| rule.log) {
         limits.extend(lines(Lines::AcceptedUdp, settings.accepted_udp_logs_per_sec.get()));
@@ -147,8 +169,11 @@ pub fn limit(limit: Limit, log_group: u16) -> Planned {
     let dynamic = Some(Dynamic { size, timeout });
     let declared = Set { key: Key(fields), target: Target::Nothing, ranges: false, dynamic };
     let mut planned = vec![set(limit.set_name().as_str(), declared, Ranges::default())];
-    if let Limit::Lines { of: Lines::Uninvited, per_sec } = limit {
-        planned.push(super::profile::uninvited(per_sec, log_group));
+    match limit {
+        Limit::Lines { of: Lines::Uninvited, per_sec } => planned.push(uninvited(per_sec, log_group)),
+        Limit::Lines { of: Lines::Untagged, per_sec } => planned.push(untagged(per_sec, log_group)),
+        Limit::Lines { of: Lines::InvitedUdp, per_sec } => planned.push(invited(per_sec, log_group)),
+        _ => {}
     }
     planned
 }

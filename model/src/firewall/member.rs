@@ -6,7 +6,8 @@ use std::num::NonZeroU16;
 use nf_tables::{Data, Name, Verdict};
 
 use super::app::app_chain;
-use super::profile::{connection_mark, uninvited_chain};
+use super::between::{invited_chain, uninvited_chain, untagged_chain};
+use super::profile::connection_mark;
 use super::{ALLOWED, INGRESS_CONNECTION, Part, Planned, element, name};
 use crate::address::UnderlayAddr;
 use crate::cell::CellConfig;
@@ -16,11 +17,14 @@ use crate::policy::AppPolicies;
 use crate::profile::Known;
 
 /// A container whose profile is not known has an address and its mapped ports: it is reached, and sends nothing by itself.
+///
+/// `log_c2c`: what is between containers is logged, whatever the profile says.
 pub fn member(
     container: &Container,
     known: Option<&Known>,
     app: Option<&AppPolicies>,
     config: &CellConfig,
+    log_c2c: bool,
 ) -> Planned {
     let addr = container.addr.get().octets();
     let own = |set: &str, data| element(set, addr.to_vec(), data);
@@ -43,9 +47,14 @@ pub fn member(
             own("translations", goto(&chains.translation)),
         ]);
         let settings = &known.profile().settings;
-        if settings.log_all {
+        if settings.log_all || log_c2c {
             let per_sec = settings.denied_logs_per_sec.get();
             planned.push(own("uninvited", goto(&name(&uninvited_chain(per_sec)))));
+            planned.push(own("untagged", goto(&name(&untagged_chain(per_sec)))));
+        }
+        if log_c2c {
+            let per_sec = settings.accepted_udp_logs_per_sec.get();
+            planned.push(own("invited", goto(&name(&invited_chain(per_sec)))));
         }
     }
     planned.extend(container.ports.iter().map(|mapping| {

@@ -10,7 +10,7 @@ use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
 use super::layers::{Layer, Shape, layers};
 use super::limits::{Limit, Lines, rate_limit};
 use super::settings::{services_chain, translation_chain};
-use super::{Content, Part, Planned, chain, joined, name, set};
+use super::{Planned, chain, joined, name, set};
 use crate::cell::CellConfig;
 use crate::profile::{Digest, Known, Profile, Workload};
 use crate::traffic::Decision;
@@ -68,17 +68,6 @@ const DENY: &str = "deny-";
 /// Whether a set refuses what is in it, and does not let it through.
 pub fn refuses(set: &Name) -> bool {
     set.as_str().starts_with(DENY)
-}
-
-pub(super) fn uninvited_chain(per_sec: u32) -> String {
-    format!("uninvited-{per_sec}")
-}
-
-/// dataplane.md, "To a container", logged: of containers whose profile says so.
-pub(super) fn uninvited(per_sec: u32, log_group: u16) -> (Part, Content) {
-    let mut rules = limited_log(Lines::Uninvited, per_sec, log_group);
-    rules.push(rule("no policy").reject());
-    chain(&uninvited_chain(per_sec), rules)
 }
 
 /// What containers with this profile may send to the world.
@@ -222,7 +211,7 @@ impl This<'_> {
 }
 
 /// Counts, and logs as long as the limit says.
-fn limited_log(of: Lines, per_sec: u32, log_group: u16) -> Vec<Rule> {
+pub(super) fn limited_log(of: Lines, per_sec: u32, log_group: u16) -> Vec<Rule> {
     vec![
         rule("counted").by(Limit::Total { of }).go_on(),
         rule("logged").by(Limit::Lines { of, per_sec }).log(log_group, of.decision().prefix()).go_on(),

@@ -180,8 +180,52 @@ fn the_routers_tag_is_asked_for_at_once_and_then_in_its_own_time() {
     assert_eq!(script.on(Event::Due), [tag(&["a"])]);
 }
 
+fn force(ticket: Ticket) -> Event {
+    Event::Forced(Subject::Policies, ticket)
+}
+
+#[test]
+fn a_forced_poll_is_asked_now_whatever_is_held_and_ends_when_applied() {
+    let mut script = Script::start(ONLY_POLICIES);
+    assert_eq!(script.on(force(1)), [], "nothing is known of the cell's apps yet");
+    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask(&["a"], None)]);
+    assert_eq!(script.answered(Outcome::New(Some(Stamp(7)))), [publish(&["a"], 1), SAVE]);
+    assert_eq!(script.on(Event::Applied(Subject::Policies, 0)), []);
+    assert_eq!(script.on(Event::Applied(Subject::Policies, 1)), [Act::Done(1, Ok(()))]);
+    // Without a condition, though the stamp is done with.
+    assert_eq!(script.on(force(2)), [ask(&["a"], None)]);
+    assert_eq!(script.answered(Outcome::Same(Some(Stamp(7)))), [confirm(&["a"]), Act::Done(2, Ok(()))]);
+    assert_eq!(script.due(3750), [ask(&["a"], Some(7))], "the next one is as ever");
+    // What is under way began before: it may have seen less.
+    assert_eq!(script.on(force(3)), []);
+    assert_eq!(script.on(force(4)), []);
+    assert_eq!(script.answered(Outcome::Unchanged), [confirm(&["a"]), ask(&["a"], None)]);
+    assert_eq!(script.answered(Outcome::New(None)), [publish(&["a"], 2), SAVE]);
+    let done = [Act::Done(3, Ok(())), Act::Done(4, Ok(()))];
+    assert_eq!(script.on(Event::Applied(Subject::Policies, 2)), done);
+}
+
+#[test]
+fn a_forced_poll_that_fails_says_why() {
+    let mut script = Script::start(ONLY_POLICIES);
+    script.on(Event::Wanted(ids(&["a"])));
+    script.answered(Outcome::New(None));
+    script.on(force(1));
+    let why = || "refused".to_owned();
+    let lost = Act::Lost { subject: Subject::Policies, why: why() };
+    assert_eq!(script.answered(Outcome::Failed(why())), [Act::Done(1, Err(why())), lost]);
+    // What is not applied yet holds up the end of the next one, which found the same.
+    assert_eq!(script.on(force(2)), [ask(&["a"], None)]);
+    let found = Act::Found(Subject::Policies);
+    assert_eq!(script.answered(Outcome::Same(None)), [found, confirm(&["a"])]);
+    assert_eq!(script.on(Event::Applied(Subject::Policies, 1)), [Act::Done(2, Ok(()))]);
+    let groups = script.on(Event::Forced(Subject::Groups, 3));
+    assert!(matches!(groups.as_slice(), [Act::Done(3, Err(_))]), "they are not followed: {groups:?}");
+}
+
 #[derive(Debug, Clone)]
 enum Step {
+    Force,
     Wait(u64),
     Want(BTreeSet<u8>),
     Answer(bool, u8),
@@ -194,12 +238,14 @@ fn step() -> impl Strategy<Value = Step> {
         prop::collection::btree_set(0u8..6, 0..4).prop_map(Step::Want),
         (any::<bool>(), 0u8..4).prop_map(|(groups, how)| Step::Answer(groups, how)),
         (0u64..9).prop_map(Step::Apply),
+        Just(Step::Force),
     ]
 }
 
 proptest! {
     /// One question per subject at a time; no deadline beyond the interval; none asked about ids out of date; numbers
-    /// only rise; a question has a condition only if the last publication was applied and covers the ids.
+    /// only rise; a question has a condition only if the last publication was applied and covers the ids. Each forced
+    /// poll ends, once, and well only if something is applied, if there was anything.
     #[test]
     fn whatever_happens(steps in prop::collection::vec(step(), 0..80), chance: u32) {
         let mut follow = Follow::start(INTERVALS, &[]);
@@ -208,8 +254,13 @@ proptest! {
         let mut asked: [Option<Arc<Ids>>; 2] = [None, None];
         let mut published = [0, 0];
         let mut applied = [0, 0];
+        let (mut forced, mut ended) = (0, BTreeSet::new());
         for step in steps {
             let event = match step {
+                Step::Force => {
+                    forced += 1;
+                    force(forced)
+                }
                 Step::Wait(millis) => {
                     now += Duration::from_millis(millis);
                     Event::Due
@@ -245,6 +296,10 @@ proptest! {
                         prop_assert_eq!(Some(ids), wanted.clone());
                         prop_assert!(unless.is_none() || applied[at] == published[at]);
                     }
+                    Act::Done(ticket, how) => {
+                        prop_assert!(ticket <= forced && ended.insert(ticket));
+                        prop_assert!(how.is_err() || applied[0] > 0 || published[0] == 0);
+                    }
                     Act::Publish { subject, number, .. } => {
                         let at = usize::from(subject == Subject::Groups);
                         prop_assert!(number > published[at]);
@@ -260,6 +315,21 @@ proptest! {
                 prop_assert!(deadline.is_none_or(|deadline| deadline <= now + 57 * SECOND));
             }
         }
+        // Whatever came before: two more answers, applied, end all.
+        follow.on(Event::Wanted(ids(&[])), now, &mut |_| 0);
+        for _ in 0..2 {
+            for event in [
+                Event::Answered(Subject::Policies, Outcome::New(None)),
+                Event::Applied(Subject::Policies, u64::MAX),
+            ] {
+                let acts = follow.on(event, now, &mut |_| 0);
+                ended.extend(acts.iter().filter_map(|act| match act {
+                    Act::Done(ticket, _) => Some(*ticket),
+                    _ => None,
+                }));
+            }
+        }
+        prop_assert_eq!(ended, (1..=forced).collect());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::cell::{Belief, Key, Object, OverlayIngress, Presence, Scope};
 use weft_model::container::{Container, Handle};
 use weft_model::firewall::explain::{Explanation, Route, explain};
-use weft_model::firewall::program;
+use weft_model::firewall::{Content, Part, Size, program};
 use weft_model::link::LinkSpec;
 use weft_model::reason::{self, Reason};
 
@@ -30,11 +30,7 @@ impl<K: Kernel> Running<K> {
         };
         // A mapped port leads to a container, whose link is no matter of routes.
         let route = self.task.kernel.route(question.to).await.map_err(|error| error.reason())?;
-        let believed = self.task.cell.believed().iter();
-        let parts = believed.filter_map(|(key, belief)| match (key, belief) {
-            (Key::Firewall(part), Belief::Holds(Object::Firewall(content))) => Some((part, content)),
-            _ => None,
-        });
+        let parts = self.held();
         let routes = |to| if to == question.to { route.clone() } else { Route::Nowhere };
         let explained =
             explain(&program(parts), self.task.cell.inputs(), from, question.to, question.probe, routes);
@@ -48,6 +44,18 @@ impl<K: Kernel> Running<K> {
                 warn!(handle = %container.handle, port = wrong, "not a port of a container; the others hold");
             }
         }
+    }
+
+    /// The program that the kernel holds, as far as that is known.
+    fn held(&self) -> impl Iterator<Item = (&Part, &Content)> {
+        self.task.cell.believed().iter().filter_map(|(key, belief)| match (key, belief) {
+            (Key::Firewall(part), Belief::Holds(Object::Firewall(content))) => Some((part, content)),
+            _ => None,
+        })
+    }
+
+    pub(super) fn size(&self) -> Size {
+        Size::of(self.held().map(|(_, content)| content))
     }
 
     pub(super) async fn check(&mut self, check: Check) {

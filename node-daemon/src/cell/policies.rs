@@ -1,5 +1,6 @@
 //! What the policy server says, as edits of the cell; and what the cell wants to know of it.
 
+use std::mem;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -42,8 +43,16 @@ impl<K: Kernel> Running<K> {
     pub(super) fn follow_policies(&mut self) {
         let Some(policies) = &mut self.task.policies else { return };
         let known = policies.known.borrow_and_update().clone();
+        let number = |told: Option<u64>| told.unwrap_or_default();
+        self.taken = Applied {
+            policies: number(known.policies.as_ref().map(|told| told.number)),
+            groups: number(known.groups.as_ref().map(|told| told.number)),
+            router: number(known.router.as_ref().map(|told| told.number)),
+        };
         if let Some(told) = &known.policies {
             self.task.cell.policies((*told.value).clone());
+            self.policies = Arc::clone(&told.value);
+            self.policies_changed = true;
         }
         if let Some(told) = &known.router {
             self.task.cell.router(*told.value);
@@ -62,12 +71,9 @@ impl<K: Kernel> Running<K> {
         else {
             return;
         };
-        let known = policies.known.borrow();
-        let number = |told: Option<u64>| told.unwrap_or_default();
-        policies.applied.send_replace(Applied {
-            policies: number(known.policies.as_ref().map(|told| told.number)),
-            groups: number(known.groups.as_ref().map(|told| told.number)),
-            router: number(known.router.as_ref().map(|told| told.number)),
+        policies.applied.send_if_modified(|applied| {
+            let before = mem::replace(applied, self.taken);
+            before != self.taken
         });
     }
 }

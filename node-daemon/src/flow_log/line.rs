@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use weft_model::address::UnderlayAddr;
 use weft_model::container::Container;
 use weft_model::firewall::{ALLOWED, INGRESS};
+use weft_model::policy::AppGuid;
 use weft_model::traffic::{Decision, Direction, Record, Suppressed};
 
 use super::Lost;
@@ -70,15 +71,26 @@ struct Data<'a> {
     suppressed: Option<Count>,
 }
 
-/// Empty texts for a container that is not known.
-#[derive(Serialize)]
+/// Who sent what a container received.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Sender<'a> {
+    /// One of this cell.
+    Container(&'a Container),
+    /// A container of it, on another cell: no more is known.
+    App(&'a AppGuid),
+}
+
+/// Empty texts for what is not known; of another cell than this nothing is said.
+#[derive(Serialize, Default)]
 struct Party<'a> {
     container_id: &'a str,
     app_guid: &'a str,
     space_guid: &'a str,
     organization_guid: &'a str,
-    host_ip: Ipv4Addr,
-    host_guid: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_ip: Option<Ipv4Addr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host_guid: Option<&'a str>,
 }
 
 /// What the packet does not carry is 0.
@@ -106,8 +118,14 @@ struct Count {
 }
 
 impl Writer {
-    /// One decision. `rule`: the one that decided, if it is known.
-    pub(super) fn decided(&self, record: &Record, who: Option<&Container>, rule: Option<String>) -> String {
+    /// One decision. `rule`: the one that decided, if it is known; `sender`: if another container received it.
+    pub(super) fn decided(
+        &self,
+        record: &Record,
+        who: Option<&Container>,
+        sender: Option<Sender<'_>>,
+        rule: Option<String>,
+    ) -> String {
         let direction = record.direction();
         let allowed = record.decision.allows();
         let packet = record.packet;
@@ -124,8 +142,14 @@ impl Writer {
             icmp_code: packet.icmp_code.unwrap_or_default(),
         };
         let what = if allowed { "allowed" } else { "denied" };
-        let data =
+        let mut data =
             Data { packet: Some(packet), rule: rule_of(record.decision, rule), ..self.data(direction, who) };
+        if let Some(sender) = sender {
+            data.source = Some(match sender {
+                Sender::Container(container) => self.party(Some(container)),
+                Sender::App(app) => Party { app_guid: app.as_str(), ..Party::default() },
+            });
+        }
         self.line(record.at, format!("{direction}-{what}"), data)
     }
 
@@ -154,18 +178,22 @@ impl Writer {
     }
 
     fn data<'a>(&'a self, direction: Direction, who: Option<&'a Container>) -> Data<'a> {
+        let party = self.party(who);
+        match direction {
+            Direction::Ingress => Data { destination: Some(party), ..Data::default() },
+            Direction::Egress => Data { source: Some(party), ..Data::default() },
+        }
+    }
+
+    fn party<'a>(&'a self, who: Option<&'a Container>) -> Party<'a> {
         let owner = who.map(|who| &who.owner);
-        let party = Party {
+        Party {
             container_id: who.map_or("", |who| who.handle.as_str()),
             app_guid: owner.map_or("", |owner| &owner.app_id),
             space_guid: owner.map_or("", |owner| &owner.space_id),
             organization_guid: owner.map_or("", |owner| &owner.org_id),
-            host_ip: self.host.addr.get(),
-            host_guid: &self.host.guid,
-        };
-        match direction {
-            Direction::Ingress => Data { destination: Some(party), ..Data::default() },
-            Direction::Egress => Data { source: Some(party), ..Data::default() },
+            host_ip: Some(self.host.addr.get()),
+            host_guid: Some(&self.host.guid),
         }
     }
 
@@ -191,7 +219,11 @@ fn mark(mark: u32) -> String {
 
 fn rule_of(decision: Decision, rule: Option<String>) -> Option<String> {
     match decision {
-        Decision::Allowed | Decision::Denied | Decision::DeniedC2c | Decision::AllowedC2c => rule,
+        Decision::Allowed
+        | Decision::Denied
+        | Decision::DeniedC2c
+        | Decision::AllowedC2c
+        | Decision::DeniedOverlay => rule,
         Decision::Limited => Some(rule.unwrap_or_else(|| RATE.into())),
         Decision::WouldLimit => Some(rule.unwrap_or_else(|| RATE.into()) + " (dry run)"),
     }

@@ -50,7 +50,7 @@ fn directory() -> Arc<Directory> {
         passed: None,
     };
     let entered = Entered { container: Arc::new(container), profile: Some(Arc::default()) };
-    Arc::new(Directory { by_addr: [(CONTAINER, entered)].into() })
+    Arc::new(Directory { by_addr: [(CONTAINER, entered)].into(), ..Directory::default() })
 }
 
 fn started(file: &Path) -> (FlowLog, watch::Sender<Arc<Directory>>) {

@@ -16,9 +16,11 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
-use weft_model::address::{HardwareAddr, UnderlayAddr};
+use weft_model::address::{HardwareAddr, OverlayAddr, UnderlayAddr};
+use weft_model::link;
 use weft_model::subnet::OverlaySubnet;
 
+use super::see::addr_of;
 use super::socket::NetlinkSocket;
 
 pub(super) type RouteSocket = NetlinkSocket<Rtnl>;
@@ -84,6 +86,47 @@ pub(super) fn links(socket: &mut RouteSocket) -> io::Result<Vec<Device>> {
         Rtnl::GetLink(message)
     };
     Ok(socket.dump(request)?.into_iter().filter_map(device).collect())
+}
+
+/// What a device has carried, as seen from the cell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Traffic {
+    pub name: String,
+    /// Whose link's end on the cell it is, if it is one.
+    pub container: Option<OverlayAddr>,
+    pub received_bytes: u64,
+    pub received_packets: u64,
+    pub received_dropped: u64,
+    pub sent_bytes: u64,
+    pub sent_packets: u64,
+    pub sent_dropped: u64,
+}
+
+pub(super) fn traffic(socket: &mut RouteSocket) -> io::Result<Vec<Traffic>> {
+    let traffic = |message| {
+        let Rtnl::NewLink(message) = message else { return None };
+        let (mut name, mut stats) = (None, None);
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::IfName(is) => name = Some(is),
+                LinkAttribute::Stats64(are) => stats = Some(are),
+                _ => {}
+            }
+        }
+        let (name, stats) = (name?, stats?);
+        Some(Traffic {
+            container: addr_of(&name).filter(|addr| link::index(*addr) == message.header.index),
+            name,
+            received_bytes: stats.rx_bytes,
+            received_packets: stats.rx_packets,
+            received_dropped: stats.rx_dropped,
+            sent_bytes: stats.tx_bytes,
+            sent_packets: stats.tx_packets,
+            sent_dropped: stats.tx_dropped,
+        })
+    };
+    let all = socket.dump(|| Rtnl::GetLink(LinkMessage::default()))?;
+    Ok(all.into_iter().filter_map(traffic).collect())
 }
 
 pub(super) fn device(message: Rtnl) -> Option<Device> {

@@ -47,6 +47,25 @@ pub enum Cause {
     Late(Duration),
 }
 
+impl Cause {
+    /// For those who count.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Certificates(_) => "certificates",
+            Self::Connect(_) => "connect",
+            Self::Handshake(_) => "tls",
+            Self::Request(_) | Self::Http(_) => "http",
+            Self::Status { .. } => "status",
+            Self::TooLarge(_)
+            | Self::Json(_)
+            | Self::NotANumber(_)
+            | Self::NotATag(_)
+            | Self::Circle { .. } => "content",
+            Self::Late(_) => "late",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Connection {
     sender: SendRequest<Full<Bytes>>,

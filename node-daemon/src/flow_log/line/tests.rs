@@ -125,13 +125,13 @@ fn lines_are_those_of_iptables_logger() {
         let record = record(decision, at(seconds, nanos), tcp(to, ports.0, ports.1));
         let of = if to == RECEIVER { who("d5978989-1401-49ff-46cd-33e5") } else { sender() };
         assert_eq!(
-            writer(Timestamps::Deprecated).decided(&record, Some(&of), None),
+            writer(Timestamps::Deprecated).decided(&record, Some(&of), None, None),
             format!(
                 r#"{{"timestamp":"{seconds}.{nanos:09}","source":"cfnetworking.iptables","message":"cfnetworking.iptables.{kind}","log_level":1,"data":{{{data}}}}}"#
             ) + "\n"
         );
         assert_eq!(
-            writer(Timestamps::Rfc3339).decided(&record, Some(&of), None),
+            writer(Timestamps::Rfc3339).decided(&record, Some(&of), None, None),
             format!(
                 r#"{{"timestamp":"{rfc}","level":"info","source":"cfnetworking.iptables","message":"cfnetworking.iptables.{kind}","data":{{{data}}}}}"#
             ) + "\n"
@@ -144,6 +144,25 @@ fn parsed(line: &str) -> Value {
     serde_json::from_str(line).expect("JSON")
 }
 
+/// Between containers both ends are told: all of one of this cell, and of another's what the packet's mark says.
+#[test]
+fn a_sender_is_told_as_far_as_it_is_known() {
+    let record = record(Decision::AllowedC2c, at(0, 0), tcp(RECEIVER, 40000, 8080));
+    let (receiver, sent) = (who("receiver"), sender());
+    let app = "app-2".parse().expect("an app");
+    let line = |sender| {
+        parsed(&writer(Timestamps::Rfc3339).decided(&record, Some(&receiver), sender, None))["data"].take()
+    };
+    let own = line(Some(Sender::Container(&sent)));
+    assert_eq!(own["source"]["container_id"], "bfce786c-ab07-40ad-79f9-8f21");
+    assert_eq!(own["source"]["host_ip"], own["destination"]["host_ip"]);
+    let remote = line(Some(Sender::App(&app)));
+    let empty = json!({"container_id": "", "app_guid": "app-2", "space_guid": "", "organization_guid": ""});
+    assert_eq!(remote["source"], empty);
+    let unknown = line(None);
+    assert_eq!((unknown.get("source"), &unknown["destination"]), (None, &remote["destination"]));
+}
+
 #[test]
 fn what_is_not_known_is_empty_and_0() {
     let packet = Packet {
@@ -153,7 +172,7 @@ fn what_is_not_known_is_empty_and_0() {
         ..tcp(Ipv4Addr::new(8, 8, 8, 8), 0, 0)
     };
     let record = Record { mark: 0, ..record(Decision::Denied, at(0, 0), packet) };
-    let line = parsed(&writer(Timestamps::Rfc3339).decided(&record, None, None));
+    let line = parsed(&writer(Timestamps::Rfc3339).decided(&record, None, None, None));
     assert_eq!(line["timestamp"], "1970-01-01T00:00:00.000000000Z");
     assert_eq!(
         line["data"],
@@ -181,7 +200,7 @@ fn icmp_has_kind_and_code() {
         ..tcp(Ipv4Addr::new(8, 8, 8, 8), 0, 0)
     };
     let record = Record { mark: 0xffff_0000, ..record(Decision::Allowed, at(0, 0), packet) };
-    let line = parsed(&writer(Timestamps::Rfc3339).decided(&record, None, None));
+    let line = parsed(&writer(Timestamps::Rfc3339).decided(&record, None, None, None));
     let packet = &line["data"]["packet"];
     assert_eq!((&packet["protocol"], &packet["mark"]), (&json!("ICMP"), &json!("0xffff0000")));
     assert_eq!((&packet["icmp_type"], &packet["icmp_code"]), (&json!(8), &json!(3)));
@@ -192,7 +211,7 @@ fn the_rule_that_decided_is_named() {
     let rule = |decision, known: Option<&str>| {
         let record = record(decision, at(0, 0), tcp(Ipv4Addr::new(8, 8, 8, 8), 1, 2));
         let line =
-            writer(Timestamps::Rfc3339).decided(&record, Some(&sender()), known.map(ToOwned::to_owned));
+            writer(Timestamps::Rfc3339).decided(&record, Some(&sender()), None, known.map(ToOwned::to_owned));
         let line = parsed(&line);
         assert_eq!(line["data"]["packet"]["allowed"], json!(decision == Decision::Allowed));
         line["data"].get("rule").map(|rule| rule.as_str().expect("text").to_owned())
