@@ -33,10 +33,11 @@ use crate::kernel::events::Event;
 use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
+use crate::policy_server::Applied;
 use crate::report::status;
 use call::lay_inside;
-pub use policies::Policies;
 use policies::said;
+pub use policies::{Policies, ids};
 
 /// Between audits when nothing has happened.
 const AUDIT: Duration = Duration::from_secs(60);
@@ -94,6 +95,8 @@ struct Running<K> {
     table_touched: bool,
     forgetting: bool,
     forgetting_fails: bool,
+    /// The policy server's answers that the cell has.
+    taken: Applied,
     /// The roster has changed since the directory was published.
     roster_changed: bool,
 }
@@ -106,6 +109,9 @@ impl<K: Kernel> Task<K> {
         self.cell.underlay(Some(device));
         let ways = self.ways().await?;
         self.cell.ways(ways);
+        if let Some(policies) = &mut self.policies {
+            policies.loaded().await;
+        }
         let now = Instant::now();
         let mut running = Running {
             task: self,
@@ -116,6 +122,7 @@ impl<K: Kernel> Task<K> {
             table_touched: false,
             forgetting: false,
             forgetting_fails: false,
+            taken: Applied::default(),
             roster_changed: true,
         };
         running.follow_leases();
@@ -177,7 +184,6 @@ impl<K: Kernel> Started<K> {
                 () = said(&mut running.task.policies) => {
                     running.follow_policies();
                     running.wave(Vec::new()).await;
-                    running.policies_applied();
                 }
                 Some(()) = touched.next() => {
                     // All that is said at once is one change.
@@ -257,6 +263,7 @@ impl<K: Kernel> Running<K> {
                 policies.want(self.task.cell.roster());
             }
         }
+        self.policies_applied();
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
     }
 

@@ -19,7 +19,7 @@ use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
-use crate::cell::{Policies, Task, chain};
+use crate::cell::{Policies, Task, chain, ids};
 use crate::config::Config;
 use crate::flow_log::{self, Directory, FlowLog};
 use crate::guard;
@@ -88,10 +88,12 @@ pub async fn run(config: Config) -> Result<()> {
         Some(settings) => Some(traffic_log(settings, config.traffic_log_group, &mut registry).await?),
         None => None,
     };
+    let mut cell = Cell::new(config.cell());
+    cell.replay(records);
     let policies = config.policy_server().map(|server| {
         let groups = server.intervals.groups.is_some();
         let (out, known) = watch::channel(policy_server::Known::default());
-        let (ids, wanted) = watch::channel(Arc::default());
+        let (ids, wanted) = watch::channel(Arc::new(ids(cell.roster())));
         let (applied, done) = watch::channel(policy_server::Applied::default());
         tokio::spawn(policy_server::run(server, wanted, out, done));
         Policies { known, ids, applied, groups }
@@ -99,8 +101,6 @@ pub async fn run(config: Config) -> Result<()> {
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
-    let mut cell = Cell::new(config.cell());
-    cell.replay(records);
     let task = Task {
         cell,
         kernel,

@@ -25,6 +25,12 @@ pub struct Policies {
 }
 
 impl Policies {
+    /// Waits until what a snapshot has is known. A first step without it would shut out whom it lets in.
+    pub(super) async fn loaded(&mut self) {
+        // Where nobody follows the server, nothing will ever be known.
+        drop(self.known.changed().await);
+    }
+
     /// Says whose containers the cell has now.
     pub(super) fn want(&self, roster: &Roster) {
         let now = ids(roster);
@@ -42,6 +48,10 @@ impl<K: Kernel> Running<K> {
     pub(super) fn follow_policies(&mut self) {
         let Some(policies) = &mut self.task.policies else { return };
         let known = policies.known.borrow_and_update().clone();
+        self.taken = Applied {
+            policies: known.policies.as_ref().map_or(0, |told| told.number),
+            groups: known.groups.as_ref().map_or(0, |told| told.number),
+        };
         if let Some(told) = &known.policies {
             self.task.cell.policies((*told.value).clone());
         }
@@ -59,12 +69,7 @@ impl<K: Kernel> Running<K> {
         else {
             return;
         };
-        let known = policies.known.borrow();
-        let number = |told: Option<u64>| told.unwrap_or_default();
-        policies.applied.send_replace(Applied {
-            policies: number(known.policies.as_ref().map(|told| told.number)),
-            groups: number(known.groups.as_ref().map(|told| told.number)),
-        });
+        policies.applied.send_if_modified(|applied| std::mem::replace(applied, self.taken) != self.taken);
     }
 }
 
@@ -78,7 +83,7 @@ pub(super) async fn said(policies: &mut Option<Policies>) {
 }
 
 /// Whose policies and security groups the cell wants to know.
-fn ids(roster: &Roster) -> Ids {
+pub fn ids(roster: &Roster) -> Ids {
     let owners = || roster.iter().map(|(container, _)| &container.owner);
     Ids {
         apps: owners().filter_map(Owner::app).collect(),
