@@ -30,7 +30,7 @@ use crate::world::{Instance, World};
 
 /// Apps of the cell's containers; policies have two more, which are elsewhere.
 pub(crate) const APPS: u8 = 4;
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// What a server says that is in a bad way; the last one is late.
 const FAULTS: [Fault; 6] = [
     Fault::Error,
@@ -335,11 +335,12 @@ impl Play {
 fn whatever_happens_the_kernel_holds_what_a_plan_from_scratch_says_and_packets_meet_it() {
     let number = |name: &str| std::env::var(name).ok().map(|n| n.parse::<u64>().expect(name));
     let cases = u32::try_from(number("WEFT_SCRIPTS").unwrap_or(4)).expect("so many");
-    let seed = number("WEFT_SEED").unwrap_or_else(|| u64::from(std::process::id()) << 32 | u64::from(cases));
+    let seed = number("WEFT_SEED").unwrap_or_else(|| getrandom::u64().expect("chance"));
+    println!("WEFT_SEED={seed} WEFT_SCRIPTS={cases}");
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let config = Config { cases, max_shrink_iters: 20, failure_persistence: None, ..Config::default() };
+    let config = Config { cases, max_shrink_iters: 8, failure_persistence: None, ..Config::default() };
     let all = std::cell::RefCell::new(BTreeMap::<(bool, bool), usize>::new());
     let played = TestRunner::new_with_rng(config, rng).run(&script(), |events| {
         let fates = play(&events);
@@ -347,10 +348,11 @@ fn whatever_happens_the_kernel_holds_what_a_plan_from_scratch_says_and_packets_m
         Ok(())
     });
     if let Err(fault) = played {
-        panic!("WEFT_SEED={seed} WEFT_SCRIPTS={cases}: {fault}");
+        panic!("{fault}");
     }
     let all = all.into_inner();
-    assert_eq!(all.len(), 4, "connections made and refused, near and far: {all:?}");
+    // One script may be all refusals; several are not.
+    assert!(all.len() == 4 || cases < 4, "connections made and refused, near and far: {all:?}");
 }
 
 /// Within the cell's namespace, as the node itself runs.
