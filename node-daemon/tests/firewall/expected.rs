@@ -96,7 +96,7 @@ impl Play {
     }
 
     /// The same state from nothing.
-    fn from_scratch(&self, known: &Known) -> Cell {
+    fn afresh(&self, known: &Known) -> Cell {
         let mut cell = self.empty.clone();
         for (_, container, profile) in self.containers.values() {
             cell.replay([Record::Profile(Arc::clone(profile)), Record::Present(Arc::new(container.clone()))]);
@@ -113,7 +113,7 @@ impl Play {
 
     /// What the kernel holds that the plan has not, and the other way round.
     pub(crate) async fn differences(&mut self, known: &Known) -> Vec<String> {
-        let wanted = plan(self.from_scratch(known).inputs());
+        let wanted = plan(self.afresh(known).inputs());
         let wanted: BTreeMap<Key, Belief> = wanted
             .into_iter()
             .filter(|(key, _)| key.is_firewall())
@@ -128,7 +128,7 @@ impl Play {
     /// Tries each container to each other, and to the world.
     pub(crate) fn connect(&mut self) {
         let known = self.node().known.borrow().clone();
-        let cell = self.from_scratch(&known);
+        let cell = self.afresh(&known);
         let program = program(cell.wanted().iter().filter_map(part));
         let addrs = self.containers.values().map(|(_, container, _)| container.addr).collect();
         // A port that is used again would be taken for one more packet of a connection.

@@ -23,7 +23,7 @@ pub(super) fn tables(report: &Report) {
 
 fn changes(rows: &[Row]) {
     println!(
-        "{:<36} {:>13} {:>13} {:>13} {:>13} {:>20} {:>20} {:>20} {:>17} {:>17} {:>8}  {}",
+        "{:<36} {:>13} {:>13} {:>13} {:>13} {:>20} {:>20} {:>20} {:>17} {:>17} {:>8}  goal",
         "wall / CPU",
         "fetch",
         "decode",
@@ -34,8 +34,7 @@ fn changes(rows: &[Row]) {
         "bare CPU",
         "CPU / bare",
         "wall / bare",
-        "journal",
-        "goal"
+        "journal"
     );
     for row in rows {
         let pair = |wall: f64, cpu: f64| format!("{wall:.2} / {cpu:.2}");
