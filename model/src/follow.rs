@@ -297,6 +297,10 @@ impl Track {
                 acts.push(Act::Confirm { subject, ids: self.held.clone().unwrap_or(ids) });
             }
             Outcome::Same(stamp) if self.last_number > 0 => {
+                // About whom it is matters to who starts from it.
+                if self.held.as_ref() != Some(&ids) {
+                    self.save = now;
+                }
                 self.fetched(&ids, now, pick);
                 // What is published is the answer to this stamp as well.
                 if let Some(last) = self.published.back_mut().or(self.applied.as_mut()) {

@@ -36,8 +36,8 @@ use crate::overlay::Overlay;
 use crate::policy_server::Applied;
 use crate::report::status;
 use call::lay_inside;
-pub use policies::Policies;
 use policies::said;
+pub use policies::{Policies, ids};
 
 /// Between audits when nothing has happened.
 const AUDIT: Duration = Duration::from_secs(60);
@@ -112,6 +112,9 @@ impl<K: Kernel> Task<K> {
         self.cell.underlay(Some(device));
         let ways = self.ways().await?;
         self.cell.ways(ways);
+        if let Some(policies) = &mut self.policies {
+            policies.loaded().await;
+        }
         let now = Instant::now();
         let mut running = Running {
             task: self,

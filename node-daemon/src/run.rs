@@ -20,7 +20,7 @@ use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
-use crate::cell::{Policies, Task, chain};
+use crate::cell::{Policies, Task, chain, ids};
 use crate::config::{Config, RunbookEndpoints};
 use crate::flow_log::{self, Directory, FlowLog};
 use crate::guard;
@@ -102,17 +102,22 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
     if let Some(settings) = config.traffic_log() {
         traffic_log(settings, config.traffic_log_group, entered.clone(), &mut registry).await?;
     }
-    let (polls, forced) = mpsc::channel(POLLS);
-    let policies = match config.policy_server() {
-        Some(server) => Some(follow_policies(server, forced, Arc::clone(&metrics)).await),
-        None => None,
-    };
-    let (inbox, waiting) = inbox();
-    let (guards, guard) = watch::channel(Guard::Ours);
-    tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
     let mut cell = Cell::new(config.cell());
     cell.log_c2c(config.iptables_c2c_logging);
     cell.replay(records);
+    let (polls, forced) = mpsc::channel(POLLS);
+    let policies = config.policy_server().map(|server| {
+        let groups = server.intervals.groups.is_some();
+        let (out, known) = watch::channel(policy_server::Known::default());
+        let (ids, wanted) = watch::channel(Arc::new(ids(cell.roster())));
+        let (applied, done) = watch::channel(policy_server::Applied::default());
+        let metrics = Arc::clone(&metrics);
+        tokio::spawn(policy_server::run(server, wanted, out, done, forced, metrics));
+        Policies { known, ids, applied, groups }
+    });
+    let (inbox, waiting) = inbox();
+    let (guards, guard) = watch::channel(Guard::Ours);
+    tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
     let runbook = Runbook {
         inbox: inbox.clone(),
         polls: policies.as_ref().map(|_| polls),
@@ -164,23 +169,6 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
     socket.serve(inbox, ended).await?;
     info!("stopped; everything in the kernel stays");
     Ok(())
-}
-
-/// Starts to follow the policy server. What it last said, before this node's start, is known from then on: the first wave
-/// must not take it from the kernel.
-async fn follow_policies(
-    server: policy_server::Config,
-    forced: mpsc::Receiver<policy_server::Forced>,
-    metrics: Arc<Metrics>,
-) -> Policies {
-    let groups = server.intervals.groups.is_some();
-    let (out, mut known) = watch::channel(policy_server::Known::default());
-    let (ids, wanted) = watch::channel(Arc::default());
-    let (applied, done) = watch::channel(policy_server::Applied::default());
-    tokio::spawn(policy_server::run(server, wanted, out, done, forced, metrics));
-    // An error only if that task has ended, and then there is nothing to wait for.
-    drop(known.changed().await);
-    Policies { known, ids, applied, groups }
 }
 
 /// Starts the traffic log.

@@ -8,6 +8,8 @@ mod space;
 mod attempt;
 #[path = "firewall/cast.rs"]
 mod cast;
+#[path = "firewall/expected.rs"]
+mod expected;
 #[path = "firewall/flood.rs"]
 mod flood;
 #[path = "firewall/holes.rs"]
@@ -18,6 +20,8 @@ mod ipv6;
 mod limits;
 #[path = "firewall/many.rs"]
 mod many;
+#[path = "firewall/node.rs"]
+mod node;
 #[path = "firewall/overlay.rs"]
 mod overlay;
 #[path = "firewall/packet.rs"]
@@ -30,6 +34,8 @@ mod random;
 mod rows;
 #[path = "firewall/ruleset.rs"]
 mod ruleset;
+#[path = "firewall/scripts.rs"]
+mod scripts;
 #[path = "firewall/table.rs"]
 mod table;
 #[path = "firewall/watch.rs"]

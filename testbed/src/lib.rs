@@ -4,6 +4,7 @@
 //! network namespace; all files are on a private mount below `/run/weft-lab`.
 
 pub mod external_networker;
+pub mod foundation;
 pub mod interrupt;
 pub mod lab;
 pub mod netns;

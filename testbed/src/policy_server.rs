@@ -125,9 +125,17 @@ struct Served {
 #[derive(Debug, Default)]
 struct Asked {
     total: u64,
-    /// How often, and the last query.
-    by_route: BTreeMap<Route, (u64, String)>,
+    by_route: BTreeMap<Route, Times>,
     faults: BTreeMap<Route, Fault>,
+}
+
+/// Of one route.
+#[derive(Debug, Default)]
+struct Times {
+    asked: u64,
+    /// Bytes of the right answers' bodies.
+    answered: u64,
+    last_query: String,
 }
 
 impl PolicyServer {
@@ -226,12 +234,17 @@ impl PolicyServer {
 
     /// How often a route was asked, faults included.
     pub fn asked(&self, route: Route) -> u64 {
-        lock(&self.served.asked).by_route.get(&route).map_or(0, |(times, _)| *times)
+        lock(&self.served.asked).by_route.get(&route).map_or(0, |times| times.asked)
+    }
+
+    /// Bytes of all that was answered on a route, but for headers; what a fault does to it does not count.
+    pub fn answered(&self, route: Route) -> u64 {
+        lock(&self.served.asked).by_route.get(&route).map_or(0, |times| times.answered)
     }
 
     /// What was behind the `?` when a route was last asked.
     pub fn last_query(&self, route: Route) -> Option<String> {
-        lock(&self.served.asked).by_route.get(&route).map(|(_, query)| query.clone())
+        lock(&self.served.asked).by_route.get(&route).map(|times| times.last_query.clone())
     }
 }
 
@@ -251,9 +264,15 @@ impl Served {
         let mut asked = lock(&self.asked);
         asked.total += 1;
         let Some(route) = route else { return (asked.total, None) };
-        let (times, last) = asked.by_route.entry(route).or_default();
-        (*times, *last) = (*times + 1, query.to_owned());
+        let times = asked.by_route.entry(route).or_default();
+        times.asked += 1;
+        query.clone_into(&mut times.last_query);
         (asked.total, asked.faults.get(&route).copied())
+    }
+
+    fn note_answer(&self, route: Route, body: &str) {
+        let bytes = u64::try_from(body.len()).unwrap_or(u64::MAX);
+        lock(&self.asked).by_route.entry(route).or_default().answered += bytes;
     }
 }
 

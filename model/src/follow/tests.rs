@@ -93,6 +93,17 @@ fn new_apps_are_asked_about_at_once_and_in_waves() {
     assert_eq!(script.on(Event::Wanted(ids(&["a", "d"]))), [ask(&["a", "d"], None)]);
 }
 
+/// A start in an outage begins with what is on disk; of whom that says nothing, it knows nothing.
+#[test]
+fn the_same_answer_about_others_is_written_down() {
+    let mut script = Script::start(ONLY_POLICIES);
+    script.on(Event::Wanted(ids(&["a"])));
+    script.answered(Outcome::New(Some(Stamp(1))));
+    script.on(Event::Applied(Subject::Policies, 1));
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "b"]))), [ask(&["a", "b"], None)]);
+    assert_eq!(script.answered(Outcome::Same(Some(Stamp(1)))), [confirm(&["a", "b"]), SAVE]);
+}
+
 #[test]
 fn an_outage_is_told_once_and_takes_nothing() {
     let mut script = Script::start(ONLY_POLICIES);

@@ -26,6 +26,12 @@ pub struct Policies {
 }
 
 impl Policies {
+    /// Waits until what a snapshot has is known. A first step without it would shut out whom it lets in.
+    pub(super) async fn loaded(&mut self) {
+        // Where nobody follows the server, nothing will ever be known.
+        drop(self.known.changed().await);
+    }
+
     /// Says whose containers the cell has now.
     pub(super) fn want(&self, roster: &Roster) {
         let now = ids(roster);
@@ -88,7 +94,7 @@ pub(super) async fn said(policies: &mut Option<Policies>) {
 }
 
 /// Whose policies and security groups the cell wants to know.
-fn ids(roster: &Roster) -> Ids {
+pub fn ids(roster: &Roster) -> Ids {
     let owners = || roster.iter().map(|(container, _)| &container.owner);
     Ids {
         apps: owners().filter_map(Owner::app).collect(),

@@ -92,6 +92,22 @@ impl World {
     }
 }
 
+impl Instance {
+    /// Until packets pass both ways: the kernel raises the cell's end by itself, a little after the container's.
+    pub(crate) fn wait_until_it_hears(&self) {
+        let (mouth, ears) = (Mouth::in_space(&self.space), Ears::in_space(&self.space, &[1]));
+        // A machine that is busy with ending namespaces takes its time.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        // It is always refused.
+        let knock = Packet::new(self.addr, [9, 9, 9, 9].into(), Probe::Udp { port: 4789 }, u16::MAX - 1);
+        while !ears.hear().iter().any(|heard| heard.refuses().is_some()) {
+            assert!(Instant::now() < deadline, "nothing comes back to {}", self.addr);
+            mouth.send(&knock);
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
 impl Site {
     async fn new(outside: &Space, underlay: Ipv4Addr, policy: bool) -> Self {
         let space = Space::new();
@@ -162,20 +178,10 @@ impl Site {
         Instance { space, addr: container.addr.get(), handle: container.handle.clone() }
     }
 
-    /// Until packets pass both ways: the kernel raises the cell's end by itself, a little after the container's.
     pub(crate) fn lay_inside(&self, instance: &Instance) {
         let (container, _) = self.cell.roster().get(&instance.handle).expect("it is there");
         inside::lay(instance.space.0.as_fd(), &LinkSpec::of(container)).expect("laid inside");
-        let (mouth, ears) = (Mouth::in_space(&instance.space), Ears::in_space(&instance.space, &[1]));
-        // A machine that is busy with ending namespaces takes its time.
-        let deadline = Instant::now() + Duration::from_secs(60);
-        // It is always refused.
-        let knock = Packet::new(instance.addr, [9, 9, 9, 9].into(), Probe::Udp { port: 4789 }, u16::MAX - 1);
-        while !ears.hear().iter().any(|heard| heard.refuses().is_some()) {
-            assert!(Instant::now() < deadline, "nothing comes back to {}", instance.addr);
-            mouth.send(&knock);
-            std::thread::sleep(Duration::from_micros(200));
-        }
+        instance.wait_until_it_hears();
     }
 
     pub(crate) async fn remove(&mut self, instance: &Instance) {

@@ -3,20 +3,18 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use nf_tables::batch::Transaction;
 use serde::Serialize;
 use weft_model::asg::EgressRule;
 use weft_model::asg::garden::parse;
-use weft_model::cell::{Key, Step};
+use weft_model::cell::Step;
 use weft_model::profile::Known;
-use weft_node::journal::Journal;
-use weft_node::kernel::{Namespaces, transaction};
 use weft_testbed::interrupt;
 
-use super::bare::Bare;
-use super::bed::{Bed, Ports, Program, firewall_only, garden, handle, list, profile, wanted};
-use super::figure::{Figure, Spent, median_of};
-use super::progress;
+use super::bed::{alike, garden};
+use crate::common::bed::{Bed, Ports, handle, list, profile, wanted};
+use crate::common::change::{Cost, Measured, Rounds, in_turns};
+use crate::common::figure::{Figure, Spent};
+use crate::common::machine::progress;
 
 /// Lists of containers that are there without having to do with what is measured.
 const OTHER_LISTS: u32 = 10;
@@ -24,21 +22,20 @@ const OTHER_LISTS: u32 = 10;
 const USERS: usize = 50;
 const PRESENT: usize = 250;
 
-/// What one change took, part by part; milliseconds.
+/// What one change took, part by part.
 #[derive(Debug, Clone, Copy, Default)]
 struct Sample {
     /// Zero where nobody passes JSON.
     decode: Spent,
     known: Spent,
-    plan: Spent,
-    kernel: Spent,
-    journal: Spent,
-    bare: Spent,
+    cost: Cost,
 }
 
-/// What all samples of a row said, round by round.
-#[derive(Debug, Default)]
-struct Rounds(Vec<Vec<Sample>>);
+impl Sample {
+    fn whole(&self) -> Spent {
+        self.known + self.cost.plan + self.cost.kernel
+    }
+}
 
 #[derive(Debug, Serialize)]
 pub(super) struct Row {
@@ -68,81 +65,42 @@ pub(super) struct Row {
     pub(super) transaction_bytes: usize,
 }
 
-impl Rounds {
-    fn row(&self, of: impl Fn(&Sample) -> f64) -> Vec<f64> {
-        self.0.iter().map(|samples| median_of(samples.iter().map(&of).collect())).collect()
-    }
-
-    fn figures(&self, rules: usize, list: &'static str, present: usize, transaction_bytes: usize) -> Row {
-        let figure = |of: fn(&Sample) -> f64| Figure::of(self.row(of));
-        let ratio =
-            |of: fn(&Sample) -> f64, to: fn(&Sample) -> f64| Figure::ratio(&self.row(of), &self.row(to));
-        let whole = |sample: &Sample| sample.known + sample.plan + sample.kernel;
-        Row {
-            rules,
-            list,
-            present,
-            decode_ms: figure(|sample| sample.decode.wall),
-            known_ms: figure(|sample| sample.known.wall),
-            plan_ms: figure(|sample| sample.plan.wall),
-            kernel_ms: figure(|sample| sample.kernel.wall),
-            whole_ms: Figure::of(self.row(|sample| whole(sample).wall)),
-            whole_cpu_ms: Figure::of(self.row(|sample| whole(sample).cpu)),
-            journal_ms: figure(|sample| sample.journal.wall),
-            bare_ms: figure(|sample| sample.bare.wall),
-            bare_cpu_ms: figure(|sample| sample.bare.cpu),
-            cpu_to_bare: ratio(|s| (s.known + s.plan + s.kernel).cpu, |s| s.bare.cpu),
-            wall_to_bare: ratio(|s| (s.known + s.plan + s.kernel).wall, |s| s.bare.wall),
-            transaction_bytes,
-        }
+fn row(
+    samples: &Rounds<Sample>,
+    rules: usize,
+    list: &'static str,
+    present: usize,
+    transaction_bytes: usize,
+) -> Row {
+    let figure = |of: fn(&Sample) -> f64| samples.figure(of);
+    Row {
+        rules,
+        list,
+        present,
+        decode_ms: figure(|sample| sample.decode.wall),
+        known_ms: figure(|sample| sample.known.wall),
+        plan_ms: figure(|sample| sample.cost.plan.wall),
+        kernel_ms: figure(|sample| sample.cost.kernel.wall),
+        whole_ms: figure(|sample| sample.whole().wall),
+        whole_cpu_ms: figure(|sample| sample.whole().cpu),
+        journal_ms: figure(|sample| sample.cost.journal.wall),
+        bare_ms: figure(|sample| sample.cost.bare.wall),
+        bare_cpu_ms: figure(|sample| sample.cost.bare.cpu),
+        cpu_to_bare: samples.ratio(|sample| sample.whole().cpu, |sample| sample.cost.bare.cpu),
+        wall_to_bare: samples.ratio(|sample| sample.whole().wall, |sample| sample.cost.bare.wall),
+        transaction_bytes,
     }
 }
 
-/// A cell with what it takes to measure on it.
-struct Measured {
-    bed: Bed,
-    bare: Bare,
-    journal: Journal,
-    _directory: tempfile::TempDir,
-}
-
-impl Measured {
-    fn new() -> Result<Self> {
-        let bed = Bed::new(Program::Laid)?;
-        let directory = tempfile::tempdir()?;
-        let (journal, _) = Journal::open(directory.path(), "boot")?;
-        Ok(Self { bare: Bare::open(&bed.space)?, bed, journal, _directory: directory })
+/// Containers that have lists of this length, and nothing to do with what is measured.
+fn others(bed: &mut Bed, count: usize, rules: usize) -> Result<()> {
+    for number in 0..OTHER_LISTS {
+        let lists = usize::try_from(OTHER_LISTS)?;
+        let some = count / lists + usize::from(usize::try_from(number)? < count % lists);
+        let known = Arc::new(Known::from(profile(list(100 + number, rules, Ports::Usual))));
+        bed.add(alike(&format!("other-{number}"), some, &known))?;
     }
-
-    /// `edit` on the model, and all that follows; the step that it took.
-    fn change(&mut self, sample: &mut Sample, edit: impl FnOnce(&mut Bed) -> Result<()>) -> Result<Step> {
-        let begin = Spent::now()?;
-        edit(&mut self.bed)?;
-        let step = firewall_only(self.bed.cell.diff());
-        let planned = Spent::now()?;
-        let records = self.bed.cell.take_records();
-        let roster = self.bed.cell.roster();
-        self.journal.append(&records, || roster.records().collect())?;
-        let written = Spent::now()?;
-        let outcome = self.bed.apply(&step, &Namespaces::new())?;
-        let applied = Spent::now()?;
-        self.bed.cell.settle(&step, &outcome);
-        let settled = Spent::now()?;
-        sample.plan = planned.since(begin) + settled.since(applied);
-        sample.journal = written.since(planned);
-        sample.kernel = applied.since(written);
-        Ok(step)
-    }
-
-    fn others(&mut self, count: usize, rules: usize) -> Result<()> {
-        for number in 0..OTHER_LISTS {
-            let lists = usize::try_from(OTHER_LISTS)?;
-            let some = count / lists + usize::from(usize::try_from(number)? < count % lists);
-            let known = Arc::new(Known::from(profile(list(100 + number, rules, Ports::Usual))));
-            self.bed.add(&format!("other-{number}"), some, &known)?;
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 // === add ===
@@ -153,7 +111,7 @@ struct Add {
     measured: Measured,
     /// A list that nobody has, and one that somebody has; in JSON.
     lists: [(&'static str, Vec<u8>); 2],
-    samples: [Rounds; 2],
+    samples: [Rounds<Sample>; 2],
     bytes: [usize; 2],
 }
 
@@ -172,10 +130,10 @@ pub(super) fn add(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
             add.round(repeat)?;
         }
     }
-    let row = |add: &Add, which: usize| {
-        add.samples[which].figures(add.rules, add.lists[which].0, add.present, add.bytes[which])
+    let one = |add: &Add, which: usize| {
+        row(&add.samples[which], add.rules, add.lists[which].0, add.present, add.bytes[which])
     };
-    Ok([0, 1].into_iter().flat_map(|which| all.iter().map(move |add| row(add, which))).collect())
+    Ok([0, 1].into_iter().flat_map(|which| all.iter().map(move |add| one(add, which))).collect())
 }
 
 impl Add {
@@ -184,8 +142,8 @@ impl Add {
         let (new, known) = (list(1, rules, Ports::Usual), list(2, rules, Ports::Usual));
         let json = |rules: &[EgressRule]| garden(rules).to_string().into_bytes();
         let lists = [("new", json(&new)), ("known", json(&known))];
-        measured.bed.add("holder", 1, &Arc::new(profile(known).into()))?;
-        measured.others(present, rules)?;
+        measured.bed.add(alike("holder", 1, &Arc::new(profile(known).into())))?;
+        others(&mut measured.bed, present, rules)?;
         Ok(Self { rules, present, measured, lists, samples: Default::default(), bytes: [0; 2] })
     }
 
@@ -211,21 +169,20 @@ impl Add {
         sample.decode = decoded.since(begin);
         sample.known = Spent::now()?.since(decoded);
         let wanted = wanted("added", "eth0", known)?;
-        let there = self.measured.change(&mut sample, |bed| {
+        let (cost, there) = self.measured.change(|bed| {
             bed.cell.add(wanted)?;
             Ok(())
         })?;
         let name = handle("added")?;
         let addr = self.measured.bed.cell.roster().get(&name).context("it was added")?.0.addr;
-        let gone = self.measured.change(&mut Sample::default(), |bed| {
+        let (_, gone) = self.measured.change(|bed| {
             bed.cell.drop(&name);
             Ok(())
         })?;
         self.measured.bed.cell.forgotten(&[addr].into());
-        let [there, gone] = [&there, &gone].map(|step| transaction(&step.firewall));
-        sample.bare = self.measured.bare.send(&there)?;
-        self.measured.bare.send(&gone)?;
-        Ok((sample, there.bytes.len()))
+        let ([bare, _], bytes) = self.measured.again(&there, &gone)?;
+        sample.cost = Cost { bare, ..cost };
+        Ok((sample, bytes))
     }
 }
 
@@ -238,7 +195,7 @@ struct Change {
     /// Which of them the group's users have changes with each sample: they differ in one rule.
     lists: [Vec<EgressRule>; 2],
     now: usize,
-    samples: Rounds,
+    samples: Rounds<Sample>,
     bytes: usize,
 }
 
@@ -259,7 +216,7 @@ pub(super) fn change(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
     }
     Ok(all
         .iter()
-        .map(|change| change.samples.figures(change.rules, change.ports, PRESENT, change.bytes))
+        .map(|change| row(&change.samples, change.rules, change.ports, PRESENT, change.bytes))
         .collect())
 }
 
@@ -271,8 +228,8 @@ impl Change {
         let other = list(2, rules, of);
         after[rules / 2] = other[rules / 2];
         let lists = [before, after];
-        measured.bed.add("user", USERS, &Arc::new(profile(lists[0].clone()).into()))?;
-        measured.others(PRESENT - USERS, 100)?;
+        measured.bed.add(alike("user", USERS, &Arc::new(profile(lists[0].clone()).into())))?;
+        others(&mut measured.bed, PRESENT - USERS, 100)?;
         Ok(Self { rules, ports, measured, lists, now: 0, samples: Rounds::default(), bytes: 0 })
     }
 
@@ -281,12 +238,11 @@ impl Change {
         for _ in 0..repeat {
             let mut there = [Sample::default(); 2];
             let steps = [self.once(&mut there[0])?, self.once(&mut there[1])?];
-            let again: [Transaction<&Key>; 2] =
-                [&steps[0], &steps[1]].map(|step| transaction(&step.firewall));
-            for (sample, transaction) in there.iter_mut().zip(&again) {
-                sample.bare = self.measured.bare.send(transaction)?;
+            let (bare, bytes) = self.measured.again(&steps[0], &steps[1])?;
+            for (sample, bare) in there.iter_mut().zip(bare) {
+                sample.cost.bare = bare;
             }
-            self.bytes = again[0].bytes.len();
+            self.bytes = bytes;
             samples.extend(there);
         }
         self.samples.0.push(samples);
@@ -300,16 +256,12 @@ impl Change {
         let begin = Spent::now()?;
         let known: Arc<Known> = Arc::new(profile.into());
         sample.known = Spent::now()?.since(begin);
-        let step = self.measured.change(sample, |bed| {
+        let (cost, step) = self.measured.change(|bed| {
             handles.iter().try_for_each(|handle| bed.cell.assign(handle, Arc::clone(&known)))?;
             Ok(())
         })?;
+        sample.cost = cost;
         ensure!(step.firewall.changes.len() > USERS, "nothing was changed");
         Ok(step)
     }
-}
-
-/// Forth in one round, back in the next.
-fn in_turns<T>(all: &mut [T], round: usize) -> Box<dyn Iterator<Item = &mut T> + '_> {
-    if round.is_multiple_of(2) { Box::new(all.iter_mut()) } else { Box::new(all.iter_mut().rev()) }
 }

@@ -1,25 +1,25 @@
 //! `scripts/bench firewall`: what the firewall's changes cost the node, and what its program costs a packet. Everything
 //! happens in network namespaces of this process. docs/benchmarks.md says what each figure means.
 
-mod bare;
+#[path = "../common/mod.rs"]
+mod common;
+
 mod bed;
 mod changes;
-mod figure;
 mod memory;
 mod packets;
 mod print;
 mod traffic;
 
 use std::process::ExitCode;
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
 use serde::Serialize;
 use weft_testbed::interrupt;
+
+use common::machine::{Machine, stay_on_one_processor};
 
 /// What the firewall's changes cost the node, and what its program costs a packet.
 #[derive(Debug, Parser)]
@@ -60,9 +60,8 @@ enum Only {
 #[derive(Debug, Serialize)]
 struct Report {
     bench: &'static str,
-    cores: usize,
-    kernel: String,
-    load_before: f64,
+    #[serde(flatten)]
+    machine: Machine,
     rounds: usize,
     add: Vec<changes::Row>,
     change: Vec<changes::Row>,
@@ -84,16 +83,14 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     interrupt::watch()?;
-    let cores = thread::available_parallelism()?.get();
+    let machine = Machine::look()?;
     stay_on_one_processor()?;
     let wants = |part| arguments.only.is_empty() || arguments.only.contains(&part);
     let (rounds, repeat) = (arguments.rounds, arguments.repeat);
     let long = Duration::from_millis(arguments.milliseconds);
     let report = Report {
         bench: "firewall",
-        cores,
-        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-        load_before: load(),
+        machine,
         rounds,
         add: if wants(Only::Add) { changes::add(rounds, repeat)? } else { Vec::new() },
         change: if wants(Only::Change) { changes::change(rounds, repeat)? } else { Vec::new() },
@@ -106,24 +103,4 @@ fn run(arguments: &Arguments) -> Result<()> {
         print::tables(&report);
     }
     Ok(())
-}
-
-/// This thread and all that come of it. Where no two of them run at once, nobody waits for another processor to wake up,
-/// and a thread's time is known once another runs.
-fn stay_on_one_processor() -> Result<()> {
-    let allowed = sched_getaffinity(Pid::from_raw(0))?;
-    let first = (0..CpuSet::count()).find(|n| allowed.is_set(*n).unwrap_or(false));
-    let mut one = CpuSet::new();
-    one.set(first.context("a processor to run on")?)?;
-    sched_setaffinity(Pid::from_raw(0), &one).context("stay on one processor")
-}
-
-/// The machine's load average over a minute: a figure taken on a busy machine is another figure.
-fn load() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or_default()
-}
-
-fn progress(text: &str) {
-    eprintln!("bench: {text}");
 }

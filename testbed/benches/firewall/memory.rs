@@ -11,8 +11,9 @@ use weft_testbed::external_networker::Request;
 use weft_testbed::process::Process;
 use weft_testbed::{Lab, Options, interrupt};
 
-use super::bed::{Bed, Ports, Program, garden, list, profile};
-use super::progress;
+use super::bed::{alike, garden};
+use crate::common::bed::{Bed, Ports, Space, list, profile};
+use crate::common::machine::progress;
 
 const CONTAINERS: usize = 250;
 const LISTS: usize = 50;
@@ -60,13 +61,14 @@ fn parts() -> Result<Resident> {
 
 /// Is that process.
 pub(super) fn hold() -> Result<()> {
-    let mut bed = Bed::new(Program::Laid)?;
+    let world = Space::new()?;
+    let mut bed = Bed::new(&world, true)?;
     let own = i32::try_from(std::process::id()).ok().and_then(Process::now).context("find this process")?;
     let (before, _) = own.memory().context("read the memory of this process")?;
     for number in 0..LISTS {
         let rules = list(u32::try_from(number)?, RULES, Ports::Usual);
         let known: Arc<Known> = Arc::new(profile(rules).into());
-        bed.add(&format!("of-{number}"), CONTAINERS / LISTS, &known)?;
+        bed.add(alike(&format!("of-{number}"), CONTAINERS / LISTS, &known))?;
     }
     println!("{}", serde_json::to_string(&Resident::of(own, before)?)?);
     Ok(())

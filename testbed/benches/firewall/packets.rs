@@ -9,10 +9,11 @@ use serde::Serialize;
 use weft_model::profile::Known;
 use weft_testbed::interrupt;
 
-use super::bed::{Bed, Ports, Program, WORLD, list, matching, profile};
-use super::figure::Figure;
-use super::progress;
+use super::bed::matching;
 use super::traffic::{Speeds, TCP, Traffic, UDP};
+use crate::common::bed::{Bed, Ports, Space, WORLD, list, profile};
+use crate::common::figure::Figure;
+use crate::common::machine::progress;
 
 /// Other containers, where there are any, and rules of each of their lists.
 const OTHERS: usize = 250;
@@ -114,11 +115,12 @@ pub(super) fn measure(rounds: usize, long: Duration) -> Result<Vec<Row>> {
 
 impl Case {
     fn new(name: &'static str, firewall: Firewall) -> Result<Self> {
-        let (program, rules, others, masquerade) = match firewall {
-            Firewall::Program { rules, others, masquerade } => (Program::Laid, rules, others, masquerade),
-            Firewall::None | Firewall::Shortcut { .. } => (Program::None, 0, 0, false),
+        let (laid, rules, others, masquerade) = match firewall {
+            Firewall::Program { rules, others, masquerade } => (true, rules, others, masquerade),
+            Firewall::None | Firewall::Shortcut { .. } => (false, 0, 0, false),
         };
-        let mut bed = Bed::new(program)?;
+        let world = Space::new()?;
+        let mut bed = Bed::new(&world, laid)?;
         let matching = matching(rules, TCP, UDP);
         let mut rules = list(1, rules.saturating_sub(matching.len()), Ports::Usual);
         rules.extend(matching);
@@ -133,7 +135,7 @@ impl Case {
         if let Firewall::Shortcut { masquerade } = firewall {
             bed.space.run(&shortcut(masquerade))?;
         }
-        let traffic = Traffic::new(container, bed.world.clone())?;
+        let traffic = Traffic::new(container, world)?;
         Ok(Self { name, traffic, rounds: Vec::new(), _bed: bed })
     }
 

@@ -2,13 +2,13 @@
 
 use super::Report;
 use super::changes::Row;
-use super::figure::show;
 use super::packets;
+use crate::common::figure::show;
 
 pub(super) fn tables(report: &Report) {
     println!(
         "{} cores, Linux {}, load before {:.2}; medians of {} rounds (least..most)",
-        report.cores, report.kernel, report.load_before, report.rounds
+        report.machine.cores, report.machine.kernel, report.machine.load_before, report.rounds
     );
     if !report.add.is_empty() {
         println!("\nA container's rules added (milliseconds; a list that nobody has, or that somebody has)");

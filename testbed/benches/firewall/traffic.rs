@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use nix::libc::linger;
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, sendmmsg, setsockopt, sockopt};
 
-use super::bed::{Space, WORLD};
-use super::figure::median_of;
+use crate::common::bed::{Space, WORLD};
+use crate::common::figure::median_of;
 
 pub(super) const TCP: u16 = 8080;
 pub(super) const UDP: u16 = 9;

@@ -48,6 +48,9 @@ pub(super) async fn serve(
             Ok(route) => served.with(|state| answer(state, route, &head.query, &body)),
             Err(refusal) => refusal,
         };
+        if let Some(route) = known {
+            served.note_answer(route, &answer.body);
+        }
         match fault {
             None => {}
             Some(Fault::Slow(delay)) => tokio::time::sleep(delay).await,

@@ -8,14 +8,14 @@ use serde::Serialize;
 
 /// Of one quantity, over all rounds.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
-pub(super) struct Figure {
-    pub(super) median: f64,
-    pub(super) min: f64,
-    pub(super) max: f64,
+pub(crate) struct Figure {
+    pub(crate) median: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
 }
 
 impl Figure {
-    pub(super) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut sorted: Vec<f64> = values.into_iter().collect();
         sorted.sort_by(f64::total_cmp);
         let (Some(min), Some(max)) = (sorted.first(), sorted.last()) else { return Self::default() };
@@ -23,7 +23,7 @@ impl Figure {
     }
 
     /// Quotients round by round: what the machine did meanwhile, it did to both.
-    pub(super) fn ratio(values: &[f64], to: &[f64]) -> Self {
+    pub(crate) fn ratio(values: &[f64], to: &[f64]) -> Self {
         Self::of(values.iter().zip(to).map(|(value, to)| value / to))
     }
 }
@@ -36,30 +36,34 @@ fn median(sorted: &[f64]) -> f64 {
     }
 }
 
-pub(super) fn median_of(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median_of(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     if values.is_empty() { 0.0 } else { median(&values) }
 }
 
 /// `  median (min..max)`, in a fixed width.
-pub(super) fn show(figure: Figure, digits: usize) -> String {
+pub(crate) fn show(figure: Figure, digits: usize) -> String {
     format!("{:.digits$} ({:.digits$}..{:.digits$})", figure.median, figure.min, figure.max)
 }
 
 /// Wall clock and CPU time of the whole process, in milliseconds.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Spent {
-    pub(super) wall: f64,
-    pub(super) cpu: f64,
+pub(crate) struct Spent {
+    pub(crate) wall: f64,
+    pub(crate) cpu: f64,
 }
 
 impl Spent {
-    pub(super) fn now() -> Result<Self> {
-        let ms = |clock| -> Result<f64> { Ok(Duration::from(clock_gettime(clock)?).as_secs_f64() * 1000.0) };
-        Ok(Self { wall: ms(ClockId::CLOCK_MONOTONIC)?, cpu: ms(ClockId::CLOCK_PROCESS_CPUTIME_ID)? })
+    pub(crate) fn now() -> Result<Self> {
+        Self::read(ClockId::CLOCK_PROCESS_CPUTIME_ID)
     }
 
-    pub(super) fn since(self, before: Self) -> Self {
+    pub(crate) fn read(cpu: ClockId) -> Result<Self> {
+        let ms = |clock| -> Result<f64> { Ok(Duration::from(clock_gettime(clock)?).as_secs_f64() * 1000.0) };
+        Ok(Self { wall: ms(ClockId::CLOCK_MONOTONIC)?, cpu: ms(cpu)? })
+    }
+
+    pub(crate) fn since(self, before: Self) -> Self {
         Self { wall: self.wall - before.wall, cpu: self.cpu - before.cpu }
     }
 }

@@ -7,18 +7,18 @@ use nf_tables::batch::Transaction;
 use nf_tables::decode::{Body, messages};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::bed::Space;
-use super::figure::Spent;
+use crate::common::bed::Space;
+use crate::common::figure::Spent;
 
 const ROOM: usize = 16 << 20;
 
-pub(super) struct Bare {
+pub(crate) struct Bare {
     socket: Socket,
     buffer: Vec<u8>,
 }
 
 impl Bare {
-    pub(super) fn open(space: &Space) -> Result<Self> {
+    pub(crate) fn open(space: &Space) -> Result<Self> {
         space.enter(|| {
             let mut socket = Socket::new(NETLINK_NETFILTER)?;
             socket.bind(&SocketAddr::new(0, 0))?;
@@ -29,7 +29,7 @@ impl Bare {
     }
 
     /// From the first byte sent to the acknowledgement.
-    pub(super) fn send<T>(&mut self, transaction: &Transaction<T>) -> Result<Spent> {
+    pub(crate) fn send<T>(&mut self, transaction: &Transaction<T>) -> Result<Spent> {
         let begin = Spent::now()?;
         self.socket.send(&transaction.bytes, 0).context("send a transaction")?;
         loop {
