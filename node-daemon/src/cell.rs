@@ -177,7 +177,6 @@ impl<K: Kernel> Started<K> {
                 () = said(&mut running.task.policies) => {
                     running.follow_policies();
                     running.wave(Vec::new()).await;
-                    running.policies_applied();
                 }
                 Some(()) = touched.next() => {
                     // All that is said at once is one change.
@@ -249,6 +248,7 @@ impl<K: Kernel> Running<K> {
             self.answer(asked, &failed);
         }
         self.forget_resting();
+        self.policies_applied();
         if std::mem::take(&mut self.roster_changed) {
             if let Some(directory) = &self.task.directory {
                 directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
@@ -317,7 +317,9 @@ impl<K: Kernel> Running<K> {
             Request::Explain { question, reply } => drop(reply.send(self.explain(question).await)),
             Request::Status { reply } => {
                 let ready = self.task.cell.ready().map_err(|reason| self.explained(reason));
-                drop(reply.send(Ok(status(&self.task.cell, &self.task.overlay.borrow(), ready.err()))));
+                let known = self.task.policies.as_ref().map(|policies| policies.known.borrow());
+                let (cell, overlay) = (&self.task.cell, self.task.overlay.borrow());
+                drop(reply.send(Ok(status(cell, &overlay, known.as_deref(), ready.err()))));
             }
             Request::Forgotten(addrs) => {
                 (self.forgetting, self.forgetting_fails) = (false, false);

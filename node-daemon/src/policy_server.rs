@@ -238,6 +238,11 @@ impl Run {
 }
 
 impl<T: ?Sized> Told<T> {
+    /// Since the server last confirmed it.
+    pub fn age(&self) -> Duration {
+        now().duration_since(self.at).unwrap_or_default()
+    }
+
     fn confirm(&mut self, ids: Arc<Ids>, at: SystemTime) -> bool {
         self.at = at;
         let others = self.ids != ids;

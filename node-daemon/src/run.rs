@@ -94,7 +94,7 @@ pub async fn run(config: Config) -> Result<()> {
         let (ids, wanted) = watch::channel(Arc::default());
         let (applied, done) = watch::channel(policy_server::Applied::default());
         tokio::spawn(policy_server::run(server, wanted, out, done));
-        Policies { known, ids, applied, groups }
+        Policies { known, ids, followed: policy_server::Applied::default(), applied, groups }
     });
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);

@@ -18,6 +18,8 @@ pub struct Policies {
     pub known: watch::Receiver<policy_server::Known>,
     /// Whose policies and groups are wanted.
     pub ids: watch::Sender<Arc<Ids>>,
+    /// What the cell wants of it.
+    pub followed: Applied,
     /// What is in the kernel by now.
     pub applied: watch::Sender<Applied>,
     /// Whether security groups come from the server (`enable_asg_syncing`).
@@ -42,6 +44,10 @@ impl<K: Kernel> Running<K> {
     pub(super) fn follow_policies(&mut self) {
         let Some(policies) = &mut self.task.policies else { return };
         let known = policies.known.borrow_and_update().clone();
+        policies.followed = Applied {
+            policies: known.policies.as_ref().map_or(0, |told| told.number),
+            groups: known.groups.as_ref().map_or(0, |told| told.number),
+        };
         if let Some(told) = &known.policies {
             self.task.cell.policies((*told.value).clone());
         }
@@ -53,17 +59,16 @@ impl<K: Kernel> Running<K> {
         }
     }
 
-    /// Says which answers are in the kernel, if nothing of them was refused.
+    /// Says which answers are in the kernel, once nothing of them is refused any more.
     pub(super) fn policies_applied(&self) {
         let Some(policies) = self.task.policies.as_ref().filter(|_| !self.task.cell.unsettled_firewall())
         else {
             return;
         };
-        let known = policies.known.borrow();
-        let number = |told: Option<u64>| told.unwrap_or_default();
-        policies.applied.send_replace(Applied {
-            policies: number(known.policies.as_ref().map(|told| told.number)),
-            groups: number(known.groups.as_ref().map(|told| told.number)),
+        policies.applied.send_if_modified(|applied| {
+            let differs = *applied != policies.followed;
+            *applied = policies.followed;
+            differs
         });
     }
 }

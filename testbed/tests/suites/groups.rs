@@ -218,7 +218,7 @@ fn cats_staging_has_the_groups_of_staging() {
     let swap = |group: &mut SecurityGroup| {
         group.staging_space_guids = std::mem::take(&mut group.running_space_guids);
     };
-    let to_staging = || drop(server(&lab).change(|state| state.change_group("internal", swap)).unwrap());
+    let to_staging = || assert!(server(&lab).change(|state| state.change_group("internal", swap)).unwrap());
     in_force(&lab, SOON, "bound to staging", to_staging, || {
         seen(&staging) == [Fate::Open; 2] && seen(&running) == none
     });

@@ -201,7 +201,7 @@ impl Ear {
 
 impl Drop for Ear {
     fn drop(&mut self) {
-        drop(rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both));
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         drop(self.thread.take().map(JoinHandle::join));
     }
 }
