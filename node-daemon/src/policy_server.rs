@@ -171,12 +171,11 @@ impl Run {
 
     async fn act(&mut self, act: Act) {
         match act {
-            Act::Ask { subject, ids, unless } => {
+            Act::Ask { subject, ids, first } => {
                 let [policies, groups] = &self.clients;
                 let client = Arc::clone(if subject == Subject::Policies { policies } else { groups });
                 self.asks.push(Box::pin(async move {
-                    let answer =
-                        tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, unless));
+                    let answer = tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, first));
                     let answer = match answer.await {
                         Ok(answer) => answer.map_err(|error| chain(&error)),
                         Err(_) => Err(format!("no answer within {QUESTION:?}")),

@@ -131,8 +131,7 @@ fn twenty_apps_new_on_the_cell_at_once_share_requests() {
         let took = scene.all_take(&requests);
         let all = start.elapsed();
         let asked: Vec<u64> = scene.fetches().iter().zip(before).map(|(after, before)| after - before).collect();
-        // Each question takes twice the server's time: when did it last change, and to what.
-        let waves = u64::try_from(all.as_millis() / (2 * ANSWERS_IN).as_millis()).unwrap() + 1;
+        let waves = u64::try_from(all.as_millis() / ANSWERS_IN.as_millis()).unwrap() + 1;
         let again: Vec<Request> =
             requests.iter().map(|one| Request { handle: format!("{}-again", one.handle), ..one.clone() }).collect();
         let control = scene.all_take(&again);
