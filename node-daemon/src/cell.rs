@@ -251,7 +251,9 @@ impl<K: Kernel> Running<K> {
         self.policies_applied();
         if std::mem::take(&mut self.roster_changed) {
             if let Some(directory) = &self.task.directory {
-                directory.send_replace(Arc::new(Directory::of(self.task.cell.roster())));
+                #[expect(clippy::disallowed_methods, reason = "the log's times are wall-clock times")]
+                let now = std::time::SystemTime::now();
+                directory.send_modify(|known| *known = Arc::new(known.next(self.task.cell.roster(), now)));
             }
             if let Some(policies) = &self.task.policies {
                 policies.want(self.task.cell.roster());

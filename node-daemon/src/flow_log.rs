@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::stream::{Stream, StreamExt};
 use tokio::sync::watch;
@@ -42,6 +42,8 @@ use line::Writer;
 
 /// Lines that wait for the file: some 2 MiB.
 const QUEUE: usize = 8192;
+/// How long a container that has left is still named: records come a moment after their packets.
+const REMEMBERED: Duration = Duration::from_secs(1);
 /// Lines that are written together.
 const BATCH: usize = 128;
 
@@ -56,6 +58,8 @@ pub struct Settings {
 #[derive(Debug, Clone, Default)]
 pub struct Directory {
     pub by_addr: BTreeMap<Ipv4Addr, Entered>,
+    /// Who has left of late, and when.
+    pub left: BTreeMap<Ipv4Addr, (Entered, SystemTime)>,
 }
 
 #[derive(Debug, Clone)]
@@ -65,20 +69,31 @@ pub struct Entered {
 }
 
 impl Directory {
-    pub fn of(roster: &Roster) -> Self {
+    /// What is known from `now` on, after what was known before.
+    pub fn next(&self, roster: &Roster, now: SystemTime) -> Self {
         let entered = |(container, _): (&Arc<Container>, _)| {
             let profile = container.profile.and_then(|digest| roster.profile(digest)).cloned();
             (container.addr.get(), Entered { container: Arc::clone(container), profile })
         };
-        Self { by_addr: roster.iter().map(entered).collect() }
+        let by_addr: BTreeMap<_, _> = roster.iter().map(entered).collect();
+        let leaving = self.by_addr.iter().map(|(addr, entered)| (*addr, (entered.clone(), now)));
+        let left = self.left.iter().map(|(addr, left)| (*addr, left.clone())).chain(leaving);
+        let left = left.filter(|(addr, (_, at))| !by_addr.contains_key(addr) && now <= *at + REMEMBERED);
+        Self { left: left.collect(), by_addr }
     }
 
-    pub fn identify(&self, addr: Ipv4Addr) -> Option<&Container> {
-        self.by_addr.get(&addr).map(|entered| &*entered.container)
+    /// Whose an address was at that time.
+    pub fn identify(&self, addr: Ipv4Addr, at: SystemTime) -> Option<&Container> {
+        self.entered(addr, at).map(|entered| &*entered.container)
+    }
+
+    fn entered(&self, addr: Ipv4Addr, at: SystemTime) -> Option<&Entered> {
+        let left = || self.left.get(&addr).filter(|(_, left)| at <= *left + REMEMBERED);
+        self.by_addr.get(&addr).or_else(|| left().map(|(entered, _)| entered))
     }
 
     fn rule(&self, record: &Record) -> Option<String> {
-        let entered = self.by_addr.get(&record.container())?;
+        let entered = self.entered(record.container(), record.at)?;
         rule_behind(entered.profile.as_ref()?.profile(), record.decision, &record.packet)
     }
 }
@@ -241,10 +256,10 @@ impl Scribe {
         match &entry.told {
             Told::Decided(record) => {
                 let rule = directory.rule(record);
-                self.writer.decided(record, directory.identify(record.container()), rule)
+                self.writer.decided(record, directory.identify(record.container(), record.at), rule)
             }
             Told::Suppressed(suppressed, at) => {
-                self.writer.suppressed(*suppressed, directory.identify(suppressed.container), *at)
+                self.writer.suppressed(*suppressed, directory.identify(suppressed.container, *at), *at)
             }
         }
     }

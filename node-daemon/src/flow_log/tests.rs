@@ -50,7 +50,7 @@ fn directory() -> Arc<Directory> {
         passed: None,
     };
     let entered = Entered { container: Arc::new(container), profile: Some(Arc::default()) };
-    Arc::new(Directory { by_addr: [(CONTAINER, entered)].into() })
+    Arc::new(Directory { by_addr: [(CONTAINER, entered)].into(), ..Directory::default() })
 }
 
 fn started(file: &Path) -> (FlowLog, watch::Sender<Arc<Directory>>) {
@@ -226,4 +226,17 @@ fn the_numbers_have_names() {
     prometheus_client::encoding::text::encode(&mut text, &registry).expect("text");
     assert!(text.contains("weft_node_traffic_log_written_total 3\n"), "{text}");
     assert!(text.contains("weft_node_traffic_log_dropped_queue_total 1\n"), "{text}");
+}
+
+#[test]
+fn a_container_that_has_left_is_named_for_a_moment() {
+    let (before, now) = (directory(), SystemTime::UNIX_EPOCH + Duration::from_secs(10));
+    let after = before.next(&Roster::default(), now);
+    let named = |directory: &Directory, at| directory.identify(CONTAINER, at).is_some();
+    assert!(named(&after, now) && named(&after, now + REMEMBERED));
+    let late = now + REMEMBERED + Duration::from_millis(1);
+    assert!(!named(&after, late), "a packet of later");
+    let still = after.next(&Roster::default(), now + REMEMBERED);
+    assert!(named(&still, now) && still.by_addr.is_empty());
+    assert!(still.next(&Roster::default(), late).left.is_empty(), "and then it is forgotten");
 }

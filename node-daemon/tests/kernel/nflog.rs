@@ -224,7 +224,7 @@ async fn lines_and_suppressed_counts_reach_the_file() {
         passed: None,
     };
     let entered = Entered { container: Arc::new(container), profile: None };
-    let directory = Directory { by_addr: [(spec.addr.get(), entered)].into() };
+    let directory = Directory { by_addr: [(spec.addr.get(), entered)].into(), ..Directory::default() };
     let (_known, known) = watch::channel(Arc::new(directory));
     let host = Host { addr: "10.77.0.11".parse().expect("address"), guid: "cell".into() };
     let settings = Settings { file: file.clone(), timestamps: Timestamps::Rfc3339, host };
