@@ -88,7 +88,21 @@ pub struct Applied {
     pub groups: u64,
 }
 
+/// What the server said before this process began: what the cell is to start with, so that no packet meets less.
+pub async fn known(config: &Config) -> Known {
+    Known {
+        policies: load::<Policies>(config, Subject::Policies).await.map(told),
+        groups: match config.intervals.groups {
+            Some(_) => load::<Arc<[SecurityGroup]>>(config, Subject::Groups).await.map(told_groups),
+            None => None,
+        },
+        lost: BTreeMap::new(),
+    }
+}
+
 /// Follows the server until no one tells it of the cell any more. The first ids are those that are there at the start.
+///
+/// `out`: what is [`known`].
 pub async fn run(
     config: Config,
     mut ids: watch::Receiver<Arc<Ids>>,
@@ -96,17 +110,10 @@ pub async fn run(
     mut applied: watch::Receiver<Applied>,
 ) {
     let origin = Instant::now();
-    let groups = config.intervals.groups.is_some();
-    let known = Known {
-        policies: load::<Policies>(&config, Subject::Policies).await.map(told),
-        groups: match groups {
-            true => load::<Arc<[SecurityGroup]>>(&config, Subject::Groups).await.map(told_groups),
-            false => None,
-        },
-        lost: BTreeMap::new(),
+    let mut follow = {
+        let known = out.borrow();
+        Follow::start(config.intervals, known.policies.is_some(), known.groups.is_some())
     };
-    let mut follow = Follow::start(config.intervals, known.policies.is_some(), known.groups.is_some());
-    out.send_replace(known);
     let mut run = Run {
         clients: [Subject::Policies, Subject::Groups].map(|_| Arc::new(Client::new(config.server.clone()))),
         config,

@@ -88,14 +88,10 @@ pub async fn run(config: Config) -> Result<()> {
         Some(settings) => Some(traffic_log(settings, config.traffic_log_group, &mut registry).await?),
         None => None,
     };
-    let policies = config.policy_server().map(|server| {
-        let groups = server.intervals.groups.is_some();
-        let (out, known) = watch::channel(policy_server::Known::default());
-        let (ids, wanted) = watch::channel(Arc::default());
-        let (applied, done) = watch::channel(policy_server::Applied::default());
-        tokio::spawn(policy_server::run(server, wanted, out, done));
-        Policies { known, ids, followed: policy_server::Applied::default(), applied, groups }
-    });
+    let policies = match config.policy_server() {
+        Some(server) => Some(follow_policies(server).await),
+        None => None,
+    };
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
@@ -133,6 +129,17 @@ pub async fn run(config: Config) -> Result<()> {
     socket.serve(inbox, ended).await?;
     info!("stopped; everything in the kernel stays");
     Ok(())
+}
+
+/// Starts to follow the policy server, from what it last said.
+async fn follow_policies(server: policy_server::Config) -> Policies {
+    let groups = server.intervals.groups.is_some();
+    let (out, known) = watch::channel(policy_server::known(&server).await);
+    let (ids, wanted) = watch::channel(Arc::default());
+    let followed = policy_server::Applied::default();
+    let (applied, done) = watch::channel(followed);
+    tokio::spawn(policy_server::run(server, wanted, out, done));
+    Policies { known, ids, followed, applied, groups }
 }
 
 /// Starts the traffic log; gives the way to tell it who is who.

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use weft_model::follow::{Ids, Intervals, Stamp, Subject};
 use weft_model::policy::AppGuid;
 use weft_node::cell::chain;
-use weft_node::policy_server::{Applied, Client, Config, Known, run};
+use weft_node::policy_server::{self as follower, Applied, Client, Config, Known, run};
 
 const POLICIES: &str = "/networking/v1/internal/policies?id=";
 const GROUPS: &str = "/networking/v1/internal/security_groups?limit=5000&from=";
@@ -224,7 +224,7 @@ struct Following {
     task: tokio::task::JoinHandle<()>,
 }
 
-fn follow(world: &World, ids: Ids) -> Following {
+async fn follow(world: &World, ids: Ids) -> Following {
     let often = Duration::from_millis(100);
     let config = Config {
         server: world.server(&world.files, Duration::from_secs(60)),
@@ -232,7 +232,7 @@ fn follow(world: &World, ids: Ids) -> Following {
         state_directory: world.directory.path().to_owned(),
     };
     let (ids, wanted) = watch::channel(Arc::new(ids));
-    let (out, known) = watch::channel(Known::default());
+    let (out, known) = watch::channel(follower::known(&config).await);
     let (applied, applied_receiver) = watch::channel(Applied::default());
     let task = tokio::spawn(run(config, wanted, out, applied_receiver));
     Following { ids, known, applied, task }
@@ -261,7 +261,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
         if path.starts_with(POLICIES) { list(&[policy("a", &tag, "b")]) } else { page(0, &[&tag]) }
     };
     let world = World::start(answers.clone()).await;
-    let mut following = follow(&world, ids(&["a"]));
+    let mut following = follow(&world, ids(&["a"])).await;
     let tag = |known: &Known| {
         let told = known.policies.as_ref()?;
         Some(told.value.get(&"a".parse::<AppGuid>().ok()?)?.tag?.get())
@@ -306,7 +306,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
         assert!(world.directory.path().join(file).exists());
     }
     fs::write(world.directory.path().join("security-groups.json"), "{").unwrap();
-    let mut following = follow(&world, ids(&["a"]));
+    let mut following = follow(&world, ids(&["a"])).await;
     let away = until(&mut following.known, |known| known.lost.len() == 2).await;
     assert_eq!((tag(&away), group(&away)), (Some(2), None));
 

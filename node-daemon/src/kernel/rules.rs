@@ -1,4 +1,4 @@
-//! The firewall's table: one transaction for a step, and what is in the table.
+//! The firewall's table: one transaction for a step, one before it for new sets of ranges, and what is in the table.
 //!
 //! Owns a socket of its own that stays open: one that closes waits for all that its transactions deleted.
 
@@ -64,15 +64,27 @@ impl RulesSocket {
     // === changes ===
 
     /// All at once. Those that the kernel refuses, and those that need them, are left out and returned.
+    ///
+    /// The kernel shows packets the elements of a set of ranges a moment after the rules that lead to it, though both
+    /// are of one transaction. So new ones come first, while no rule leads to them; a table that is made anew has no
+    /// before.
     pub(super) fn carry_out(&mut self, firewall: &Firewall) -> BTreeMap<Key, Reason> {
+        let first = |change: &&Change| !firewall.anew && is_new_set_of_ranges(change);
+        let (sets, rest): (Vec<&Change>, Vec<&Change>) = firewall.changes.iter().partition(first);
+        let mut out = self.carry_out_together(firewall.anew, &sets);
+        out.extend(self.carry_out_together(firewall.anew, &rest));
+        out
+    }
+
+    fn carry_out_together(&mut self, anew: bool, changes: &[&Change]) -> BTreeMap<Key, Reason> {
         let mut out = BTreeMap::new();
         for _ in 0..ROUNDS {
             let taken: Vec<&Change> =
-                firewall.changes.iter().filter(|change| !out.contains_key(&change.key)).collect();
+                changes.iter().copied().filter(|change| !out.contains_key(&change.key)).collect();
             if taken.is_empty() {
                 return out;
             }
-            let refusals = match self.commit(firewall.anew, &taken) {
+            let refusals = match self.commit(anew, &taken) {
                 Ok(refusals) if refusals.is_empty() => return out,
                 Ok(refusals) => refusals,
                 Err(error) => {
@@ -92,7 +104,7 @@ impl RulesSocket {
                 }
             }
         }
-        let rest = firewall.changes.iter().filter(|change| !out.contains_key(&change.key));
+        let rest = changes.iter().filter(|change| !out.contains_key(&change.key));
         let left = io::Error::other("left out after other changes of its transaction were refused");
         let rest: Vec<_> = rest.map(|change| (change.key.clone(), reason(&change.key, &left))).collect();
         out.extend(rest);
@@ -263,6 +275,14 @@ impl RulesSocket {
             self.buffer.clear();
         }
     }
+}
+
+fn is_new_set_of_ranges(change: &Change) -> bool {
+    let set = match &change.will {
+        Some(Object::Firewall(Content::Set(filled))) => Some(filled),
+        _ => None,
+    };
+    change.was.is_none() && set.is_some_and(|filled| filled.set.ranges)
 }
 
 fn is_ours(place: &Place, table: &Name) -> bool {

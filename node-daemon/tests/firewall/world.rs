@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use weft_model::cell::{Cell, CellConfig, Key, Object, Step, Wanted};
-use weft_model::container::{Handle, PortMapping};
+use weft_model::container::{Handle, Owner, PortMapping};
 use weft_model::firewall::explain::{Explanation, Probe, Route, explain};
 use weft_model::firewall::{Content, Part, program};
 use weft_model::lease::{Lease, Peers};
@@ -142,11 +142,13 @@ impl Site {
     pub(crate) fn wish(&mut self, profile: Profile, ports: &[(u16, u16)]) -> Instance {
         let port = |n: u16| n.try_into().expect("a port");
         self.added += 1;
+        let name = format!("container-{}", self.added);
         let wanted = Wanted {
-            handle: format!("container-{}", self.added).parse().expect("handle"),
+            handle: name.parse().expect("handle"),
             interface: "eth0".parse().expect("name"),
             mtu: None,
-            owner: weft_model::container::Owner::default(),
+            // An app of its own.
+            owner: Owner { policy_group_id: name, ..Owner::default() },
             ports: ports.iter().map(|(h, c)| PortMapping { host: port(*h), container: port(*c) }).collect(),
             profile: Arc::new(profile.into()),
         };

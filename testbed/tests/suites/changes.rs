@@ -122,7 +122,7 @@ impl Scene {
             let mut sent = 0;
             while !stop.load(Ordering::Relaxed) {
                 // Whatever comes of it is counted at the other end.
-                drop(begin(to, port, Duration::from_millis(20)));
+                let _ = begin(to, port, Duration::from_millis(20));
                 sent += 1;
                 thread::sleep(Duration::from_millis(2));
             }
@@ -178,7 +178,11 @@ impl Scene {
 #[test]
 fn five_hundred_changes_open_no_window_and_close_none() {
     let scene = Scene::new();
-    let calm = |pause| scene.paced(pause, || drop(scene.flood(|| thread::sleep(Duration::from_secs(4)))));
+    let calm = |pause| {
+        scene.paced(pause, || {
+            scene.flood(|| thread::sleep(Duration::from_secs(4)));
+        })
+    };
     let mut pause = Duration::from_millis(4);
     let (mut made, mut lost) = calm(pause);
     while lost > 0 {
