@@ -33,6 +33,7 @@ use crate::kernel::events::Event;
 use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
+use crate::policy_server::Applied;
 use crate::report::status;
 use call::lay_inside;
 pub use policies::Policies;
@@ -96,6 +97,8 @@ struct Running<K> {
     forgetting_fails: bool,
     /// The roster has changed since the directory was published.
     roster_changed: bool,
+    /// What was taken last from the policy server's answers.
+    taken: Applied,
 }
 
 impl<K: Kernel> Task<K> {
@@ -117,6 +120,7 @@ impl<K: Kernel> Task<K> {
             forgetting: false,
             forgetting_fails: false,
             roster_changed: true,
+            taken: Applied::default(),
         };
         running.follow_leases();
         running.follow_guard();
@@ -248,17 +252,18 @@ impl<K: Kernel> Running<K> {
             self.answer(asked, &failed);
         }
         self.forget_resting();
-        self.policies_applied();
         if std::mem::take(&mut self.roster_changed) {
             if let Some(directory) = &self.task.directory {
                 #[expect(clippy::disallowed_methods, reason = "the log's times are wall-clock times")]
                 let now = std::time::SystemTime::now();
-                directory.send_modify(|known| *known = Arc::new(known.next(self.task.cell.roster(), now)));
+                let directory_now = Directory::of(self.task.cell.roster());
+                directory.send_modify(|known| *known = Arc::new(directory_now.remembering(known, now)));
             }
             if let Some(policies) = &self.task.policies {
                 policies.want(self.task.cell.roster());
             }
         }
+        self.policies_applied();
         self.task.metrics.observe(&self.task.cell, &self.task.overlay.borrow());
     }
 

@@ -69,17 +69,23 @@ pub struct Entered {
 }
 
 impl Directory {
-    /// What is known from `now` on, after what was known before.
-    pub fn next(&self, roster: &Roster, now: SystemTime) -> Self {
+    pub fn of(roster: &Roster) -> Self {
         let entered = |(container, _): (&Arc<Container>, _)| {
             let profile = container.profile.and_then(|digest| roster.profile(digest)).cloned();
             (container.addr.get(), Entered { container: Arc::clone(container), profile })
         };
-        let by_addr: BTreeMap<_, _> = roster.iter().map(entered).collect();
-        let leaving = self.by_addr.iter().map(|(addr, entered)| (*addr, (entered.clone(), now)));
-        let left = self.left.iter().map(|(addr, left)| (*addr, left.clone())).chain(leaving);
-        let left = left.filter(|(addr, (_, at))| !by_addr.contains_key(addr) && now <= *at + REMEMBERED);
-        Self { left: left.collect(), by_addr }
+        Self { by_addr: roster.iter().map(entered).collect(), ..Self::default() }
+    }
+
+    /// With those that were there before and have left.
+    pub fn remembering(mut self, before: &Self, now: SystemTime) -> Self {
+        let leaving = before.by_addr.iter().map(|(addr, entered)| (*addr, (entered.clone(), now)));
+        let left = before.left.iter().map(|(addr, left)| (*addr, left.clone())).chain(leaving);
+        let gone = |(addr, (_, at)): &(Ipv4Addr, (_, SystemTime))| {
+            !self.by_addr.contains_key(addr) && now <= *at + REMEMBERED
+        };
+        self.left = left.filter(gone).collect();
+        self
     }
 
     /// Whose an address was at that time.

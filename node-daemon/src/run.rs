@@ -136,10 +136,9 @@ async fn follow_policies(server: policy_server::Config) -> Policies {
     let groups = server.intervals.groups.is_some();
     let (out, known) = watch::channel(policy_server::known(&server).await);
     let (ids, wanted) = watch::channel(Arc::default());
-    let followed = policy_server::Applied::default();
-    let (applied, done) = watch::channel(followed);
+    let (applied, done) = watch::channel(policy_server::Applied::default());
     tokio::spawn(policy_server::run(server, wanted, out, done));
-    Policies { known, ids, followed, applied, groups }
+    Policies { known, ids, applied, groups }
 }
 
 /// Starts the traffic log; gives the way to tell it who is who.

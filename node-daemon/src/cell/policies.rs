@@ -18,8 +18,6 @@ pub struct Policies {
     pub known: watch::Receiver<policy_server::Known>,
     /// Whose policies and groups are wanted.
     pub ids: watch::Sender<Arc<Ids>>,
-    /// What the cell wants of it.
-    pub followed: Applied,
     /// What is in the kernel by now.
     pub applied: watch::Sender<Applied>,
     /// Whether security groups come from the server (`enable_asg_syncing`).
@@ -44,7 +42,7 @@ impl<K: Kernel> Running<K> {
     pub(super) fn follow_policies(&mut self) {
         let Some(policies) = &mut self.task.policies else { return };
         let known = policies.known.borrow_and_update().clone();
-        policies.followed = Applied {
+        self.taken = Applied {
             policies: known.policies.as_ref().map_or(0, |told| told.number),
             groups: known.groups.as_ref().map_or(0, |told| told.number),
         };
@@ -66,9 +64,8 @@ impl<K: Kernel> Running<K> {
             return;
         };
         policies.applied.send_if_modified(|applied| {
-            let differs = *applied != policies.followed;
-            *applied = policies.followed;
-            differs
+            let before = std::mem::replace(applied, self.taken);
+            before != self.taken
         });
     }
 }

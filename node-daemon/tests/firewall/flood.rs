@@ -41,12 +41,7 @@ struct Flood {
 
 impl Flood {
     /// One allowed packet of each kind for each round of forbidden ones.
-    fn start(
-        speaker: &Arc<Speaker>,
-        allowed: Vec<Packet>,
-        forbidden: Vec<Packet>,
-        pause: Duration,
-    ) -> Self {
+    fn start(speaker: &Arc<Speaker>, allowed: Vec<Packet>, forbidden: Vec<Packet>, pause: Duration) -> Self {
         let end = Arc::new(AtomicBool::new(false));
         let (speaker, ended) = (Arc::clone(speaker), Arc::clone(&end));
         // One that is not ended, since a test fails, ends with it.
@@ -336,7 +331,8 @@ async fn five_hundred_changes_of_lists_stop_nothing_that_all_of_them_allow() {
             scene.world.site.cell.policies(by_app(policies(&sender, &receiver, n)));
         } else {
             let also = rule(1, [10, 9, 0, 0], [10, 9, 9, 9], Traffic::Tcp(ports(n, n + 9)), false);
-            let both = [rule(0, FAR.octets(), FAR.octets(), Traffic::Tcp(ports(ALLOWED, ALLOWED)), false), also];
+            let both =
+                [rule(0, FAR.octets(), FAR.octets(), Traffic::Tcp(ports(ALLOWED, ALLOWED)), false), also];
             let profile = with_denied(Profile { rules: both.into(), ..Profile::default() });
             scene.world.site.cell.assign(&sender, Arc::new(profile.into())).expect("it is there");
         }

@@ -13,8 +13,8 @@ use weft_testbed::external_networker::Container;
 use weft_testbed::policy_server::{Policy, Route};
 
 use crate::world::{
-    Ear, Fate, WORLD, added, allow, begin, bind, forbid, group, instance, opens, polled_with, quiet, server, tcp,
-    tcp_rule, wait_for,
+    Ear, Fate, WORLD, added, allow, begin, bind, forbid, group, instance, opens, polled_with, quiet, server,
+    tcp, tcp_rule, wait_for,
 };
 
 const HTTP: u16 = 8080;
@@ -145,7 +145,8 @@ impl Scene {
         let mut dice = Dice(4);
         let mut there: BTreeSet<(u64, u64, u16)> = BTreeSet::new();
         let policy = |(from, to, port): (u64, u64, u16)| {
-            let to = ["a", "b", "c", "d", "other-0", "other-1", "other-2", "elsewhere-2"][usize::try_from(to).unwrap()];
+            let to = ["a", "b", "c", "d", "other-0", "other-1", "other-2", "elsewhere-2"]
+                [usize::try_from(to).unwrap()];
             let kind = if from < 3 { "other" } else { "elsewhere" };
             Policy::tcp(&format!("{kind}-{from}"), to, port)
         };
@@ -154,7 +155,8 @@ impl Scene {
             match dice.below(8) {
                 0 => {
                     let port = 9000 + dice.below(50);
-                    let rules = json!([tcp_rule("10.0.0.1", "8080"), tcp_rule("10.0.0.1", &port.to_string())]);
+                    let rules =
+                        json!([tcp_rule("10.0.0.1", "8080"), tcp_rule("10.0.0.1", &port.to_string())]);
                     bind(&self.lab, group("world", &rules, &["space"]));
                 }
                 // All at once, so that tags are free again.
@@ -194,9 +196,12 @@ fn five_hundred_changes_open_no_window_and_close_none() {
     let before = server(&scene.lab).asked(Route::Policies) + server(&scene.lab).asked(Route::SecurityGroups);
     let mut sent = 0;
     let (made, lost) = scene.paced(pause, || sent = scene.flood(|| scene.change()));
-    let fetched = server(&scene.lab).asked(Route::Policies) + server(&scene.lab).asked(Route::SecurityGroups) - before;
+    let fetched =
+        server(&scene.lab).asked(Route::Policies) + server(&scene.lab).asked(Route::SecurityGroups) - before;
     let passed: usize = scene.forbidden.iter().map(Ear::taken).sum();
-    println!("{CHANGES} changes, fetched {fetched} times: {passed} of {sent} forbidden SYNs passed, {lost} of {made} allowed connections lost");
+    println!(
+        "{CHANGES} changes, fetched {fetched} times: {passed} of {sent} forbidden SYNs passed, {lost} of {made} allowed connections lost"
+    );
     assert_eq!((passed, lost), (0, 0));
     assert!(sent > 10_000 && made > 1_000 && fetched > u64::from(CHANGES) / 2, "{sent}, {made}, {fetched}");
     // They would be heard.

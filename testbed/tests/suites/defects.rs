@@ -13,8 +13,8 @@ use weft_testbed::policy_server::{Fault, Policy, Route, SecurityGroup};
 use weft_testbed::{Lab, prober};
 
 use crate::world::{
-    AWAY, Ear, Fate, PATIENCE, SOON, WORLD, added, allow, begin, bind, forbid, group, in_force, instance, opens, polled,
-    polled_with, quiet, server, tcp, tcp_rule, unbind, wait_for, with,
+    AWAY, Ear, Fate, PATIENCE, SOON, WORLD, added, allow, begin, bind, forbid, group, in_force, instance,
+    opens, polled, polled_with, quiet, server, tcp, tcp_rule, unbind, wait_for, with,
 };
 
 const HTTP: u16 = 8080;
@@ -130,11 +130,15 @@ fn defect_4_a_handle_that_comes_again_has_its_groups_and_nothing_is_left_behind(
     // Their own settings and groups.
     let own = |n: u16| {
         let ports = json!([{"start": 9000 + n, "end": 9000 + n}]);
-        let rules = json!([{"protocol": 1, "networks": [{"start": "10.9.9.9", "end": "10.9.9.9"}], "ports": ports}]);
+        let rules =
+            json!([{"protocol": 1, "networks": [{"start": "10.9.9.9", "end": "10.9.9.9"}], "ports": ports}]);
         let request = with(instance("again", "again"), &[("space_id", "another space")]);
         Request { net_out_rules: rules, ..request }
     };
-    bind(&lab, group("another", &json!([tcp_rule("10.0.0.1", "80"), tcp_rule("10.0.0.7", "7")]), &["another space"]));
+    bind(
+        &lab,
+        group("another", &json!([tcp_rule("10.0.0.1", "80"), tcp_rule("10.0.0.7", "7")]), &["another space"]),
+    );
     let before = table(cell);
     for n in 0..3 {
         let again = added(cell, &own(n));
@@ -148,7 +152,8 @@ fn defect_4_a_handle_that_comes_again_has_its_groups_and_nothing_is_left_behind(
 #[test]
 fn defect_5_metadata_that_cannot_be_read_spoils_nothing() {
     let lab = polled("defect-5");
-    let nonsense = [("log_config", "{not json"), ("ports", "eighty, -1, 99999999"), ("container_workload", "\u{0}?")];
+    let nonsense =
+        [("log_config", "{not json"), ("ports", "eighty, -1, 99999999"), ("container_workload", "\u{0}?")];
     let mut odd = with(instance("odd", "client"), &nonsense);
     odd.properties.insert("app_id".into(), json!(["not", "a", "text"]));
     odd.properties.insert("unheard of".into(), json!({"a": 1}));
@@ -175,7 +180,8 @@ fn defect_6_without_a_server_nodes_start_and_containers_too() {
     cell.start_node().unwrap();
     cell.wait_ready(1, PATIENCE).unwrap();
     let ports = json!([{"start": 80, "end": 80}]);
-    let passed = json!([{"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.1"}], "ports": ports}]);
+    let passed =
+        json!([{"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.1"}], "ports": ports}]);
     let container = added(cell, &Request { net_out_rules: passed, ..instance("new", "new") });
     assert_eq!(tcp(&container.place, WORLD, 80), Fate::Open, "what Garden passed");
     let other = added(cell, &instance("other", "other"));
@@ -190,7 +196,8 @@ fn defect_6_without_a_server_nodes_start_and_containers_too() {
 fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
     let lab = polled_with("defect-8", &json!({"policy_poll_interval_seconds": 0.1}), &json!({}));
     let cell = &lab.cells[0];
-    let [old, new, olds, news] = ["old", "new", "olds", "news"].map(|name| added(cell, &instance(name, name)));
+    let [old, new, olds, news] =
+        ["old", "new", "olds", "news"].map(|name| added(cell, &instance(name, name)));
     let _ears = [&olds, &news].map(|to| Ear::at(&to.place, HTTP));
     let (first, second) = ([Policy::tcp("old", "olds", HTTP)], [Policy::tcp("new", "news", HTTP)]);
     let tag = |app: &str| server(&lab).change(|state| state.tag(app)).unwrap();
@@ -199,7 +206,13 @@ fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
         from.place.move_thread().unwrap();
         let mut tried = 0_u32;
         while !stop.load(Ordering::Relaxed) {
-            assert_eq!(begin(to.addr, HTTP, PATIENCE), Fate::Refused, "{} reaches {}", from.handle, to.handle);
+            assert_eq!(
+                begin(to.addr, HTTP, PATIENCE),
+                Fate::Refused,
+                "{} reaches {}",
+                from.handle,
+                to.handle
+            );
             tried += 1;
         }
         tried
@@ -233,7 +246,11 @@ fn defect_9_groups_are_asked_for_in_pages_and_not_again_while_they_stay_the_same
         .change(|state| {
             for n in 0..5000_u32 {
                 let addr = Ipv4Addr::from(0x0aff_0000 + n);
-                state.put_group(group(&format!("group-{n}"), &json!([tcp_rule(&addr.to_string(), "7")]), &["space"]));
+                state.put_group(group(
+                    &format!("group-{n}"),
+                    &json!([tcp_rule(&addr.to_string(), "7")]),
+                    &["space"],
+                ));
             }
             // Alone on the second page.
             state.put_group(group("last", &json!([tcp_rule("10.0.0.1", "80")]), &["space"]));
@@ -256,7 +273,9 @@ fn defect_9_groups_are_asked_for_in_pages_and_not_again_while_they_stay_the_same
 fn defect_10_icmp_of_one_type_and_any_code() {
     let lab = polled("defect-10");
     let app = added(&lab.cells[0], &instance("app", "app"));
-    for (kind, code, passes) in [(8, -1, true), (13, -1, false), (-1, -1, true), (-1, 0, true), (0, -1, false)] {
+    for (kind, code, passes) in
+        [(8, -1, true), (13, -1, false), (-1, -1, true), (0, -1, false), (-1, 0, true)]
+    {
         let rules = json!([{"protocol": "icmp", "destination": "10.0.0.1", "type": kind, "code": code}]);
         bind(&lab, group("icmp", &rules, &["space"]));
         let pings = || prober::ping(&app.place, WORLD).is_ok();

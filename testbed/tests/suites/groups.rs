@@ -11,8 +11,8 @@ use weft_testbed::policy_server::SecurityGroup;
 use weft_testbed::prober::{self, Transfer};
 
 use crate::world::{
-    Answerer, Ear, Fate, SOON, WORLD, added, bind, group, in_force, instance, polled, polled_with, quiet, server,
-    tcp, tcp_rule, udp, unbind, wait_for, with,
+    Answerer, Ear, Fate, SOON, WORLD, added, bind, group, in_force, instance, polled, polled_with, quiet,
+    server, tcp, tcp_rule, udp, unbind, wait_for, with,
 };
 
 /// Where the acceptance tests look for the Cloud Controller.
@@ -67,7 +67,13 @@ fn acceptance_a_connection_outlives_its_group() {
     let (cell, port) = (lab.cells[1].underlay, prober_port());
     let reaches = || tcp(&app.place, cell, port);
     let rules = json!([tcp_rule(&cell.to_string(), &port.to_string())]);
-    in_force(&lab, SOON, "bind", || bind(&lab, group("cell", &rules, &["space"])), || reaches() == Fate::Open);
+    in_force(
+        &lab,
+        SOON,
+        "bind",
+        || bind(&lab, group("cell", &rules, &["space"])),
+        || reaches() == Fate::Open,
+    );
     let transfer = Transfer::start(&app.place, cell).unwrap();
     in_force(&lab, SOON, "unbind", || unbind(&lab, "cell"), || reaches() == Fate::Refused);
     assert!(transfer.stop().unwrap().answers > 0);
@@ -89,7 +95,8 @@ fn acceptance_without_syncing_groups_change_with_a_restart_only() {
     assert_eq!(tcp(&before.place, WORLD, CONTROLLER), Fate::Refused, "consistently unchanged");
     assert_eq!(server(&lab).asked(weft_testbed::policy_server::Route::SecurityGroups), 0);
     let ports = json!([{"start": CONTROLLER, "end": CONTROLLER}]);
-    let passed = json!([{"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.1"}], "ports": ports}]);
+    let passed =
+        json!([{"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.1"}], "ports": ports}]);
     let again = Request { net_out_rules: passed, ..instance("after", "app") };
     let again = added(&lab.cells[0], &again);
     assert_eq!(tcp(&again.place, WORLD, CONTROLLER), Fate::Open, "what Garden passed");
@@ -162,7 +169,8 @@ fn cats_dynamic_groups_as_a_default_for_all_spaces() {
     let elsewhere = with(instance("elsewhere", "other"), &[("space_id", "another space")]);
     let elsewhere = added(&lab.cells[1], &elsewhere);
     let _controller = Ear::at(&lab.underlay, CONTROLLER);
-    let everybody = || all(&apps, CONTROLLER, Fate::Open) && tcp(&elsewhere.place, WORLD, CONTROLLER) == Fate::Open;
+    let everybody =
+        || all(&apps, CONTROLLER, Fate::Open) && tcp(&elsewhere.place, WORLD, CONTROLLER) == Fate::Open;
     let rules = json!([tcp_rule("10.0.0.0/16", "9024")]);
     let bound = SecurityGroup { running_default: true, ..group("default", &rules, &[]) };
     in_force(&lab, SOON, "default", || bind(&lab, bound), everybody);

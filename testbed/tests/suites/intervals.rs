@@ -7,8 +7,8 @@ use weft_testbed::external_networker::Container;
 use weft_testbed::policy_server::{Policy, SecurityGroup};
 
 use crate::world::{
-    Ear, Fate, WORLD, added, allow, bind, forbid, group, in_force, instance, lab, opens, quiet, tcp, tcp_rule,
-    unbind, with,
+    Ear, Fate, WORLD, added, allow, bind, forbid, group, in_force, instance, lab, opens, quiet, tcp,
+    tcp_rule, unbind, with,
 };
 
 /// What CATs wait for a policy.
@@ -44,8 +44,10 @@ fn at_default_intervals_changes_are_in_force_in_the_suites_time() {
 
     let policies = [("app", "task"), ("task", "app")].map(|(from, to)| Policy::tcp(from, to, HTTP));
     let pairs = || {
-        let [app, task] = ["app-", "task-"].map(|name| apps.iter().filter(move |app| app.handle.starts_with(name)));
-        app.flat_map(move |app| task.clone().flat_map(move |task| [(app, task), (task, app)])).collect::<Vec<_>>()
+        let [app, task] =
+            ["app-", "task-"].map(|name| apps.iter().filter(move |app| app.handle.starts_with(name)));
+        app.flat_map(move |app| task.clone().flat_map(move |task| [(app, task), (task, app)]))
+            .collect::<Vec<_>>()
     };
     let each = |is: bool| pairs().iter().all(|(from, to)| opens(from, to, HTTP) == is);
     assert!(each(false));

@@ -12,7 +12,8 @@ use weft_testbed::policy_server::{Fault, Policy, Route, SecurityGroup};
 use weft_testbed::{Lab, lab::Cell};
 
 use crate::world::{
-    Ear, Fate, WORLD, added, allow, begin, bind, group, instance, lab, quiet, server, tcp_rule, wait_for, with,
+    Ear, Fate, WORLD, added, allow, begin, bind, group, instance, lab, quiet, server, tcp_rule, wait_for,
+    with,
 };
 
 const ANSWERS_IN: Duration = Duration::from_millis(50);
@@ -130,10 +131,13 @@ fn twenty_apps_new_on_the_cell_at_once_share_requests() {
         let (before, start) = (scene.fetches(), Instant::now());
         let took = scene.all_take(&requests);
         let all = start.elapsed();
-        let asked: Vec<u64> = scene.fetches().iter().zip(before).map(|(after, before)| after - before).collect();
+        let asked: Vec<u64> =
+            scene.fetches().iter().zip(before).map(|(after, before)| after - before).collect();
         let waves = u64::try_from(all.as_millis() / ANSWERS_IN.as_millis()).unwrap() + 1;
-        let again: Vec<Request> =
-            requests.iter().map(|one| Request { handle: format!("{}-again", one.handle), ..one.clone() }).collect();
+        let again: Vec<Request> = requests
+            .iter()
+            .map(|one| Request { handle: format!("{}-again", one.handle), ..one.clone() })
+            .collect();
         let control = scene.all_take(&again);
         println!(
             "20 new on the cell at once: in force {took:.1?} after ADD, {all:.1?} with their ADDs, {asked:?} requests; \

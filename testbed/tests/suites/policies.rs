@@ -142,7 +142,11 @@ fn acceptance_a_policy_does_not_open_egress() {
     for app in [&first, &apps[0], &apps[1]] {
         assert_eq!(tcp(&app.container.place, WORLD, 80), Fate::Refused);
     }
-    assert_eq!(tcp(&apps[0].container.place, lab.cells[0].underlay, 61000), Fate::Refused, "by a mapped port");
+    assert_eq!(
+        tcp(&apps[0].container.place, lab.cells[0].underlay, 61000),
+        Fate::Refused,
+        "by a mapped port"
+    );
     assert_eq!(router.taken(), 0);
     quiet(&lab, &[]);
 }
