@@ -112,7 +112,9 @@ pub fn text(status: &StatusResponse) -> String {
     line("controller", &age);
     line("overlay", &format!("{}, MTU {}, {} peers", status.vtep, status.mtu, status.peers.len()));
     if let Some(server) = &status.policy_server {
-        let age = |seconds: Option<u64>| seconds.map_or("unknown".into(), |s| format!("confirmed {s} s ago"));
+        let age = |seconds: Option<u64>| {
+            seconds.map_or_else(|| "unknown".into(), |s| format!("confirmed {s} s ago"))
+        };
         let ages = (age(server.policies_age_seconds), age(server.security_groups_age_seconds));
         line("policies", &ages.0);
         line("groups", &ages.1);

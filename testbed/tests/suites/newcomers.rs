@@ -107,7 +107,7 @@ fn an_app_and_a_space_new_on_the_cell_have_their_policies_and_groups_at_once() {
     let mut best = Duration::MAX;
     for round in 0..ROUNDS {
         let name = format!("new-{round}");
-        let request = scene.newcomers(&[name.clone()]).remove(0);
+        let request = scene.newcomers(std::slice::from_ref(&name)).remove(0);
         let before = scene.fetches();
         let took = scene.takes(&request);
         assert_eq!(scene.fetches(), before.map(|n| n + 1), "one request for each");
