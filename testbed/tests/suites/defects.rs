@@ -202,17 +202,16 @@ fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
     let (first, second) = ([Policy::tcp("old", "olds", HTTP)], [Policy::tcp("new", "news", HTTP)]);
     let tag = |app: &str| server(&lab).change(|state| state.tag(app)).unwrap();
     let stop = AtomicBool::new(false);
+    // The kernel sends so many refusals in a second; those that it does not send are not waited for.
+    let briefly = Duration::from_millis(20);
+    let opens = |from: &Container, to: &Container| {
+        from.place.enter(|| begin(to.addr, HTTP, briefly)).unwrap() == Fate::Open
+    };
     let never = |from: &Container, to: &Container| {
         from.place.move_thread().unwrap();
         let mut tried = 0_u32;
         while !stop.load(Ordering::Relaxed) {
-            assert_eq!(
-                begin(to.addr, HTTP, PATIENCE),
-                Fate::Refused,
-                "{} reaches {}",
-                from.handle,
-                to.handle
-            );
+            assert_ne!(begin(to.addr, HTTP, briefly), Fate::Open, "{} reaches {}", from.handle, to.handle);
             tried += 1;
         }
         tried
@@ -222,16 +221,16 @@ fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
         for _ in 0..15 {
             allow(&lab, &first);
             let before = tag("old");
-            wait_for("the one", || opens(&old, &olds, HTTP));
+            wait_for("the one", || opens(&old, &olds));
             forbid(&lab, &first);
             allow(&lab, &second);
             assert_eq!(tag("new"), before, "given to another at once");
-            wait_for("the other", || opens(&new, &news, HTTP));
+            wait_for("the other", || opens(&new, &news));
             forbid(&lab, &second);
         }
         stop.store(true, Ordering::Relaxed);
         for thread in forbidden {
-            assert!(thread.join().unwrap() > 100);
+            assert!(thread.join().unwrap() > 500);
         }
     });
     quiet(&lab, &[]);
