@@ -150,7 +150,7 @@ impl Scene {
             let kind = if from < 3 { "other" } else { "elsewhere" };
             Policy::tcp(&format!("{kind}-{from}"), to, port)
         };
-        for n in 0..CHANGES {
+        for _ in 0..CHANGES {
             let one = (dice.below(12), dice.below(8), HTTP + u16::try_from(dice.below(3)).unwrap());
             match dice.below(8) {
                 0 => {
@@ -170,7 +170,6 @@ impl Scene {
                     allow(&self.lab, &[policy(one)]);
                 }
             }
-            assert!(n < CHANGES);
             thread::sleep(BETWEEN);
         }
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use weft_testbed::Lab;
-use weft_testbed::external_networker::{Container, Request};
+use weft_testbed::external_networker::{Container, ECHO_PORT, Request};
 use weft_testbed::lab::Cell;
 use weft_testbed::policy_server::SecurityGroup;
 use weft_testbed::prober::{self, Transfer};
@@ -61,10 +61,10 @@ fn acceptance_a_connection_outlives_its_group() {
     let [app, peer] = apps(&lab);
     // By the other cell's mapped port: to the world, for the first cell.
     lab.cells[1].del(&peer.handle).unwrap();
-    let mapped = json!([{"host_port": prober_port(), "container_port": prober_port()}]);
+    let mapped = json!([{"host_port": ECHO_PORT, "container_port": ECHO_PORT}]);
     let peer = added(&lab.cells[1], &Request { port_mappings: mapped, ..instance("peer", "peer") });
     lab.cells[1].serve(&peer).unwrap();
-    let (cell, port) = (lab.cells[1].underlay, prober_port());
+    let (cell, port) = (lab.cells[1].underlay, ECHO_PORT);
     let reaches = || tcp(&app.place, cell, port);
     let rules = json!([tcp_rule(&cell.to_string(), &port.to_string())]);
     in_force(
@@ -78,10 +78,6 @@ fn acceptance_a_connection_outlives_its_group() {
     in_force(&lab, SOON, "unbind", || unbind(&lab, "cell"), || reaches() == Fate::Refused);
     assert!(transfer.stop().unwrap().answers > 0);
     quiet(&lab, &[]);
-}
-
-fn prober_port() -> u16 {
-    weft_testbed::external_networker::ECHO_PORT
 }
 
 #[test]
