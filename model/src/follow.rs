@@ -16,7 +16,9 @@
 //! done when what it found is applied.
 //!
 //! The server's stamps are compared for being *different*: its database may be restored, and its clock set back. A
-//! stamp counts as done only once what was fetched under it was applied; until then each poll fetches anew.
+//! stamp counts as done only once what was fetched under it was applied; until then each poll fetches anew. Ids that
+//! are new are asked about without asking for the stamp first: any that the server had before will do for what it
+//! answers later, since with a later one all is fetched again.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::mem;
@@ -94,10 +96,21 @@ pub enum Event {
 /// Whoever forced a poll, among all that did.
 pub type Ticket = u64;
 
+/// What is asked before everything is fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum First {
+    /// For the stamp: of what comes next it is known not to be older.
+    Stamp,
+    /// For the stamp, and nothing more if it is this one.
+    Unless(Stamp),
+    /// Nothing: the server had this stamp before.
+    Nothing(Stamp),
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Act {
     /// Ends in [`Event::Answered`], within a bounded time.
-    Ask { subject: Subject, ids: Arc<Ids>, unless: Option<Stamp> },
+    Ask { subject: Subject, ids: Arc<Ids>, first: First },
     /// The answer just given, under this number, which is higher than any before.
     Publish { subject: Subject, number: u64, ids: Arc<Ids> },
     /// The server has just confirmed what was published last, about these.
@@ -201,6 +214,8 @@ struct Track {
     tried: Option<Arc<Ids>>,
     /// About whom the last good answer was.
     held: Option<Arc<Ids>>,
+    /// The server's, when it was last asked for it.
+    stamp: Option<Stamp>,
     /// The next poll, if no ids come before.
     due: Duration,
     /// From then on a poll is unconditional.
@@ -231,6 +246,7 @@ impl Track {
             asked: None,
             tried: None,
             held: None,
+            stamp: None,
             due: Duration::ZERO,
             resync: Duration::ZERO,
             save: Duration::ZERO,
@@ -260,10 +276,15 @@ impl Track {
         }
         self.asking = mem::take(&mut self.forced);
         let conditional = !forced && self.published.is_empty() && covers(&self.held) && now < self.resync;
-        let unless = self.applied.as_ref().and_then(|applied| applied.stamp).filter(|_| conditional);
+        let applied = self.applied.as_ref().and_then(|applied| applied.stamp).filter(|_| conditional);
+        let first = match (applied, self.stamp) {
+            (Some(stamp), _) => First::Unless(stamp),
+            (None, Some(stamp)) if new && !forced => First::Nothing(stamp),
+            (None, _) => First::Stamp,
+        };
         self.asked = Some(Arc::clone(wanted));
         self.tried = Some(Arc::clone(wanted));
-        Some(Act::Ask { subject, ids: Arc::clone(wanted), unless })
+        Some(Act::Ask { subject, ids: Arc::clone(wanted), first })
     }
 
     fn answered(
@@ -301,7 +322,7 @@ impl Track {
                 if self.held.as_ref() != Some(&ids) {
                     self.save = now;
                 }
-                self.fetched(&ids, now, pick);
+                self.fetched(&ids, stamp, now, pick);
                 // What is published is the answer to this stamp as well.
                 if let Some(last) = self.published.back_mut().or(self.applied.as_mut()) {
                     last.stamp = stamp;
@@ -309,7 +330,7 @@ impl Track {
                 acts.push(Act::Confirm { subject, ids });
             }
             Outcome::Same(stamp) | Outcome::New(stamp) => {
-                self.fetched(&ids, now, pick);
+                self.fetched(&ids, stamp, now, pick);
                 self.last_number += 1;
                 let number = self.last_number;
                 self.published.push_back(Published { number, stamp });
@@ -329,8 +350,15 @@ impl Track {
         self.end_applied(acts);
     }
 
-    fn fetched(&mut self, ids: &Arc<Ids>, now: Duration, pick: &mut dyn FnMut(u32) -> u32) {
+    fn fetched(
+        &mut self,
+        ids: &Arc<Ids>,
+        stamp: Option<Stamp>,
+        now: Duration,
+        pick: &mut dyn FnMut(u32) -> u32,
+    ) {
         self.held = Some(Arc::clone(ids));
+        self.stamp = stamp;
         self.resync = now + earlier(RESYNC, pick);
     }
 

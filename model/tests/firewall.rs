@@ -358,3 +358,31 @@ fn only_a_containers_own_packets_to_the_world_pass_by_what_was_let_out_before() 
         assert_eq!((is, let_out_before), (outcome, false), "{what}");
     }
 }
+
+/// What a change costs follows from what is changed, not from what there is: silk's agent writes all of it anew.
+#[test]
+fn one_policy_of_thousands_changes_one_apps_list() {
+    let mut cell = walk::start(7);
+    for n in 0..4 {
+        cell.add(walk::wanted(n)).expect("added");
+    }
+    // Four apps have containers here; each may be reached by 1,250 others.
+    let others = |changed: bool| {
+        (0..5000_u16).map(move |n| Policy {
+            source: format!("other-{n}").parse().expect("an id"),
+            source_tag: PolicyTag::new((1000 + n).try_into().expect("tag")),
+            ..policy(0, 1, u8::try_from(n % 4).expect("an app"), (8080, 8080 + u16::from(changed && n == 6)))
+        })
+    };
+    cell.policies(by_app(others(false)));
+    let step = cell.diff();
+    cell.settle(&step, &Outcome::default());
+    cell.policies(by_app(others(true)));
+    let step = cell.diff();
+    let changes: Vec<String> = step.changes().map(ToString::to_string).collect();
+    assert_eq!(changes.len(), 3, "{changes:?}");
+    for (verb, what) in [("create", "set senders-"), ("delete", "set senders-"), ("change", "chain app-")] {
+        let found = changes.iter().any(|change| change.starts_with(verb) && change.contains(what));
+        assert!(found, "{verb} {what}: {changes:?}");
+    }
+}

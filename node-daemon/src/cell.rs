@@ -112,9 +112,6 @@ impl<K: Kernel> Task<K> {
         self.cell.underlay(Some(device));
         let ways = self.ways().await?;
         self.cell.ways(ways);
-        if let Some(policies) = &mut self.policies {
-            policies.loaded().await;
-        }
         let now = Instant::now();
         let mut running = Running {
             task: self,
@@ -266,8 +263,10 @@ impl<K: Kernel> Running<K> {
         if (std::mem::take(&mut self.policies_changed) || roster_changed)
             && let Some(directory) = &self.task.directory
         {
-            let policies = Arc::clone(&self.policies);
-            directory.send_replace(Arc::new(Directory::of(self.task.cell.roster(), policies)));
+            #[expect(clippy::disallowed_methods, reason = "the log's times are wall-clock times")]
+            let now = std::time::SystemTime::now();
+            let entered = Directory::of(self.task.cell.roster(), Arc::clone(&self.policies));
+            directory.send_modify(|before| *before = Arc::new(entered.remembering(before, now)));
         }
         if let Some(policies) = self.task.policies.as_ref().filter(|_| roster_changed) {
             policies.want(self.task.cell.roster());
@@ -334,7 +333,9 @@ impl<K: Kernel> Running<K> {
             Request::Explain { question, reply } => drop(reply.send(self.explain(question).await)),
             Request::Status { reply } => {
                 let ready = self.task.cell.ready().map_err(|reason| self.explained(reason));
-                drop(reply.send(Ok(status(&self.task.cell, &self.task.overlay.borrow(), ready.err()))));
+                let known = self.task.policies.as_ref().map(|policies| policies.known.borrow());
+                let (cell, overlay) = (&self.task.cell, self.task.overlay.borrow());
+                drop(reply.send(Ok(status(cell, &overlay, known.as_deref(), ready.err()))));
             }
             Request::LogC2c { set: None, reply } => {
                 drop(reply.send(Ok(self.task.cell.inputs().log_c2c)));

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::stream::{Stream, StreamExt};
 use tokio::sync::watch;
@@ -43,6 +43,8 @@ use line::{Sender, Writer};
 
 /// Lines that wait for the file: some 2 MiB.
 const QUEUE: usize = 8192;
+/// How long a container that has left is still named: records come a moment after their packets.
+const REMEMBERED: Duration = Duration::from_secs(1);
 /// Lines that are written together.
 const BATCH: usize = 128;
 
@@ -59,6 +61,8 @@ pub struct Directory {
     pub by_addr: BTreeMap<Ipv4Addr, Entered>,
     /// Of one answer of the policy server, which is the one that packets' marks are from.
     pub policies: Arc<Policies>,
+    /// Who has left of late, and when.
+    pub left: BTreeMap<Ipv4Addr, (Entered, SystemTime)>,
 }
 
 #[derive(Debug, Clone)]
@@ -73,11 +77,28 @@ impl Directory {
             let profile = container.profile.and_then(|digest| roster.profile(digest)).cloned();
             (container.addr.get(), Entered { container: Arc::clone(container), profile })
         };
-        Self { by_addr: roster.iter().map(entered).collect(), policies }
+        Self { by_addr: roster.iter().map(entered).collect(), policies, left: BTreeMap::new() }
     }
 
-    pub fn identify(&self, addr: Ipv4Addr) -> Option<&Container> {
-        self.by_addr.get(&addr).map(|entered| &*entered.container)
+    /// With those that were there before and have left.
+    pub fn remembering(mut self, before: &Self, now: SystemTime) -> Self {
+        let leaving = before.by_addr.iter().map(|(addr, entered)| (*addr, (entered.clone(), now)));
+        let left = before.left.iter().map(|(addr, left)| (*addr, left.clone())).chain(leaving);
+        let gone = |(addr, (_, at)): &(Ipv4Addr, (_, SystemTime))| {
+            !self.by_addr.contains_key(addr) && now <= *at + REMEMBERED
+        };
+        self.left = left.filter(gone).collect();
+        self
+    }
+
+    /// Whose an address was at that time.
+    pub fn identify(&self, addr: Ipv4Addr, at: SystemTime) -> Option<&Container> {
+        self.entered(addr, at).map(|entered| &*entered.container)
+    }
+
+    fn entered(&self, addr: Ipv4Addr, at: SystemTime) -> Option<&Entered> {
+        let left = || self.left.get(&addr).filter(|(_, left)| at <= *left + REMEMBERED);
+        self.by_addr.get(&addr).or_else(|| left().map(|(entered, _)| entered))
     }
 
     /// Who sent what a container received from another, as far as it is known.
@@ -85,14 +106,14 @@ impl Directory {
         if !record.decision.is_between_containers() || record.direction() == Direction::Egress {
             return None;
         }
-        match self.identify(record.packet.source) {
+        match self.identify(record.packet.source, record.at) {
             Some(container) => Some(Sender::Container(container)),
             None => app_behind(&self.policies, record.mark).map(Sender::App),
         }
     }
 
     fn rule(&self, record: &Record) -> Option<String> {
-        let entered = self.by_addr.get(&record.container())?;
+        let entered = self.entered(record.container(), record.at)?;
         if record.decision == Decision::AllowedC2c {
             return policy_behind(
                 &self.policies,
@@ -263,11 +284,11 @@ impl Scribe {
         match &entry.told {
             Told::Decided(record) => {
                 let rule = directory.rule(record);
-                let who = directory.identify(record.container());
+                let who = directory.identify(record.container(), record.at);
                 self.writer.decided(record, who, directory.sender(record), rule)
             }
             Told::Suppressed(suppressed, at) => {
-                self.writer.suppressed(*suppressed, directory.identify(suppressed.container), *at)
+                self.writer.suppressed(*suppressed, directory.identify(suppressed.container, *at), *at)
             }
         }
     }

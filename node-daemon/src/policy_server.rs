@@ -100,7 +100,25 @@ pub struct Forced {
     pub reply: oneshot::Sender<Result<(), String>>,
 }
 
+/// What the server said before this process began: what the cell is to start with, so that no packet meets less.
+pub async fn known(config: &Config) -> Known {
+    Known {
+        policies: load::<Policies>(config, Subject::Policies).await.map(told),
+        groups: match config.intervals.groups {
+            Some(_) => load::<Arc<[SecurityGroup]>>(config, Subject::Groups).await.map(told_groups),
+            None => None,
+        },
+        router: match config.intervals.router {
+            Some(_) => load::<PolicyTag>(config, Subject::Router).await.map(told),
+            None => None,
+        },
+        lost: BTreeMap::new(),
+    }
+}
+
 /// Follows the server until no one tells it of the cell any more. The first ids are those that are there at the start.
+///
+/// `out`: what is [`known`].
 pub async fn run(
     config: Config,
     mut ids: watch::Receiver<Arc<Ids>>,
@@ -110,27 +128,16 @@ pub async fn run(
     metrics: Arc<Metrics>,
 ) {
     let origin = Instant::now();
-    let Intervals { groups, router, .. } = config.intervals;
-    let known = Known {
-        policies: load::<Policies>(&config, Subject::Policies).await.map(told),
-        groups: match groups {
-            Some(_) => load::<Arc<[SecurityGroup]>>(&config, Subject::Groups).await.map(told_groups),
-            None => None,
-        },
-        router: match router {
-            Some(_) => load::<PolicyTag>(&config, Subject::Router).await.map(told),
-            None => None,
-        },
-        lost: BTreeMap::new(),
+    let held: Vec<Subject> = {
+        let known = out.borrow();
+        let held = [
+            (Subject::Policies, known.policies.is_some()),
+            (Subject::Groups, known.groups.is_some()),
+            (Subject::Router, known.router.is_some()),
+        ];
+        held.into_iter().filter(|(_, held)| *held).map(|(subject, _)| subject).collect()
     };
-    let held = [
-        (Subject::Policies, known.policies.is_some()),
-        (Subject::Groups, known.groups.is_some()),
-        (Subject::Router, known.router.is_some()),
-    ];
-    let held: Vec<Subject> = held.into_iter().filter(|(_, held)| *held).map(|(subject, _)| subject).collect();
     let mut follow = Follow::start(config.intervals, &held);
-    out.send_replace(known);
     let client = || Arc::new(Client::new(config.server.clone()));
     let mut run = Run {
         clients: [Subject::Policies, Subject::Groups, Subject::Router]
@@ -225,12 +232,11 @@ impl Run {
 
     async fn act(&mut self, act: Act) {
         match act {
-            Act::Ask { subject, ids, unless } => {
+            Act::Ask { subject, ids, first } => {
                 let client = Arc::clone(&self.clients[&subject]);
                 self.asks.push(Box::pin(async move {
                     let began = Instant::now();
-                    let answer =
-                        tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, unless));
+                    let answer = tokio::time::timeout(QUESTION, question::ask(&client, subject, &ids, first));
                     let answer = match answer.await {
                         Ok(answer) => answer.map_err(|error| (error.source.kind(), chain(&error))),
                         Err(_) => Err(("late", format!("no answer within {QUESTION:?}"))),
@@ -299,6 +305,11 @@ impl Run {
 }
 
 impl<T: ?Sized> Told<T> {
+    /// Since the server last confirmed it.
+    pub fn age(&self) -> Duration {
+        now().duration_since(self.at).unwrap_or_default()
+    }
+
     fn confirm(&mut self, ids: Arc<Ids>, at: SystemTime) -> bool {
         self.at = at;
         let others = self.ids != ids;

@@ -7,11 +7,18 @@ use weft_model::cell::{Cell, Presence};
 use weft_model::link;
 use weft_model::reason::Reason;
 use weft_proto::convert::owner_to;
-use weft_proto::node::{Container, Peer, StatusResponse};
+use weft_proto::node::{Container, Peer, PolicyServer, StatusResponse};
 
 use crate::overlay::Overlay;
+use crate::policy_server::Known;
 
-pub fn status(cell: &Cell, overlay: &Overlay, not_ready: Option<Reason>) -> StatusResponse {
+/// `known`: of the policy server, if there is one.
+pub fn status(
+    cell: &Cell,
+    overlay: &Overlay,
+    known: Option<&Known>,
+    not_ready: Option<Reason>,
+) -> StatusResponse {
     let inputs = cell.inputs();
     let containers = cell.roster().iter().map(|(container, presence)| Container {
         handle: container.handle.to_string(),
@@ -44,6 +51,16 @@ pub fn status(cell: &Cell, overlay: &Overlay, not_ready: Option<Reason>) -> Stat
         containers: containers.collect(),
         free_addresses: u32::try_from(cell.roster().ipam().free()).unwrap_or(u32::MAX),
         not_ready: not_ready.map(|reason| reason.to_string()).unwrap_or_default(),
+        policy_server: known.map(policy_server),
+    }
+}
+
+fn policy_server(known: &Known) -> PolicyServer {
+    let seconds = |age: std::time::Duration| age.as_secs();
+    PolicyServer {
+        policies_age_seconds: known.policies.as_ref().map(|told| seconds(told.age())),
+        security_groups_age_seconds: known.groups.as_ref().map(|told| seconds(told.age())),
+        trouble: known.lost.values().next().cloned().unwrap_or_default(),
     }
 }
 
@@ -59,12 +76,19 @@ pub fn json(status: &StatusResponse) -> Value {
         })
     });
     let peers = status.peers.iter().map(|peer| json!({"underlay": peer.underlay, "subnet": peer.subnet}));
+    let policy_server = status.policy_server.as_ref().map(|server| {
+        json!({
+            "policies_age_seconds": server.policies_age_seconds,
+            "security_groups_age_seconds": server.security_groups_age_seconds,
+            "trouble": server.trouble,
+        })
+    });
     json!({
         "version": status.version, "not_ready": status.not_ready, "underlay": status.underlay,
         "subnet": status.subnet, "lease_state": status.lease_state, "controller": status.controller,
         "table_age_seconds": status.table_age_seconds, "vtep": status.vtep, "mtu": status.mtu,
         "free_addresses": status.free_addresses, "peers": peers.collect::<Vec<_>>(),
-        "containers": containers.collect::<Vec<_>>(),
+        "containers": containers.collect::<Vec<_>>(), "policy_server": policy_server,
     })
 }
 
@@ -87,6 +111,17 @@ pub fn text(status: &StatusResponse) -> String {
     );
     line("controller", &age);
     line("overlay", &format!("{}, MTU {}, {} peers", status.vtep, status.mtu, status.peers.len()));
+    if let Some(server) = &status.policy_server {
+        let age = |seconds: Option<u64>| {
+            seconds.map_or_else(|| "unknown".into(), |s| format!("confirmed {s} s ago"))
+        };
+        let ages = (age(server.policies_age_seconds), age(server.security_groups_age_seconds));
+        line("policies", &ages.0);
+        line("groups", &ages.1);
+        if !server.trouble.is_empty() {
+            line("trouble", &server.trouble);
+        }
+    }
     let containers = format!("{}, {} addresses free", status.containers.len(), status.free_addresses);
     line("containers", &containers);
     for container in &status.containers {

@@ -16,6 +16,7 @@ use weft_daemon::log::Level;
 use weft_daemon::tls::TlsError;
 use weft_model::cell::{Cell, VXLAN_OVERHEAD};
 use weft_model::firewall::Guard;
+use weft_model::follow::Ids;
 use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
@@ -106,15 +107,10 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
     cell.log_c2c(config.iptables_c2c_logging);
     cell.replay(records);
     let (polls, forced) = mpsc::channel(POLLS);
-    let policies = config.policy_server().map(|server| {
-        let groups = server.intervals.groups.is_some();
-        let (out, known) = watch::channel(policy_server::Known::default());
-        let (ids, wanted) = watch::channel(Arc::new(ids(cell.roster())));
-        let (applied, done) = watch::channel(policy_server::Applied::default());
-        let metrics = Arc::clone(&metrics);
-        tokio::spawn(policy_server::run(server, wanted, out, done, forced, metrics));
-        Policies { known, ids, applied, groups }
-    });
+    let policies = match config.policy_server() {
+        Some(server) => Some(follow_policies(server, ids(cell.roster()), forced, Arc::clone(&metrics)).await),
+        None => None,
+    };
     let (inbox, waiting) = inbox();
     let (guards, guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
@@ -169,6 +165,21 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
     socket.serve(inbox, ended).await?;
     info!("stopped; everything in the kernel stays");
     Ok(())
+}
+
+/// Starts to follow the policy server, from what it last said.
+async fn follow_policies(
+    server: policy_server::Config,
+    ids: Ids,
+    forced: mpsc::Receiver<policy_server::Forced>,
+    metrics: Arc<Metrics>,
+) -> Policies {
+    let groups = server.intervals.groups.is_some();
+    let (out, known) = watch::channel(policy_server::known(&server).await);
+    let (ids, wanted) = watch::channel(Arc::new(ids));
+    let (applied, done) = watch::channel(policy_server::Applied::default());
+    tokio::spawn(policy_server::run(server, wanted, out, done, forced, metrics));
+    Policies { known, ids, applied, groups }
 }
 
 /// Starts the traffic log.

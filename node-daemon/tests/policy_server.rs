@@ -19,7 +19,7 @@ use weft_model::follow::{Ids, Intervals, Stamp, Subject};
 use weft_model::policy::AppGuid;
 use weft_node::cell::chain;
 use weft_node::metrics::Metrics;
-use weft_node::policy_server::{Applied, Client, Config, Forced, Known, run};
+use weft_node::policy_server::{self as follower, Applied, Client, Config, Forced, Known, run};
 
 const POLICIES: &str = "/networking/v1/internal/policies?id=";
 const GROUPS: &str = "/networking/v1/internal/security_groups?limit=5000&from=";
@@ -247,18 +247,18 @@ struct Following {
 }
 
 /// `router`: their tag as well.
-fn follow(world: &World, ids: Ids, router: bool) -> Following {
-    follow_each(Duration::from_millis(100), world, ids, router)
+async fn follow(world: &World, ids: Ids, router: bool) -> Following {
+    follow_each(Duration::from_millis(100), world, ids, router).await
 }
 
-fn follow_each(often: Duration, world: &World, ids: Ids, router: bool) -> Following {
+async fn follow_each(often: Duration, world: &World, ids: Ids, router: bool) -> Following {
     let config = Config {
         server: world.server(&world.files, Duration::from_secs(60)),
         intervals: Intervals { policies: often, groups: Some(often), router: router.then_some(often) },
         state_directory: world.directory.path().to_owned(),
     };
     let (ids, wanted) = watch::channel(Arc::new(ids));
-    let (out, known) = watch::channel(Known::default());
+    let (out, known) = watch::channel(follower::known(&config).await);
     let (applied, applied_receiver) = watch::channel(Applied::default());
     let (polls, forced) = mpsc::channel(4);
     let mut metrics = Registry::default();
@@ -290,7 +290,7 @@ async fn the_routers_tag_is_followed_by_itself() {
     .await;
     let tag = |known: &Known| known.router.as_ref().map(|told| told.value.get());
     let lost = |known: &Known| known.lost.keys().copied().collect::<Vec<_>>();
-    let mut following = follow(&world, ids(&["a"]), true);
+    let mut following = follow(&world, ids(&["a"]), true).await;
     let known = until(&mut following.known, |known| known.policies.is_some() && !known.lost.is_empty()).await;
     assert_eq!((tag(&known), lost(&known)), (None, vec![Subject::Router]));
     world.answer(|_| ok(json!({ "id": "INGRESS_ROUTER", "tag": "0002", "type": "router" })));
@@ -299,7 +299,7 @@ async fn the_routers_tag_is_followed_by_itself() {
     following.task.await.unwrap();
 
     world.answer(|_| Reply::Silence);
-    let mut following = follow(&world, ids(&["a"]), true);
+    let mut following = follow(&world, ids(&["a"]), true).await;
     let known = until(&mut following.known, |known| known.router.is_some()).await;
     assert_eq!(tag(&known), Some(2));
 }
@@ -317,7 +317,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
         if path.starts_with(POLICIES) { list(&[policy("a", &tag, "b")]) } else { page(0, &[&tag]) }
     };
     let world = World::start(answers.clone()).await;
-    let mut following = follow(&world, ids(&["a"]), false);
+    let mut following = follow(&world, ids(&["a"]), false).await;
     let tag = |known: &Known| {
         let told = known.policies.as_ref()?;
         Some(told.value.get(&"a".parse::<AppGuid>().ok()?)?.tag?.get())
@@ -362,7 +362,7 @@ async fn the_task_follows_the_server_and_what_it_knows_outlives_both() {
         assert!(world.directory.path().join(file).exists());
     }
     fs::write(world.directory.path().join("security-groups.json"), "{").unwrap();
-    let mut following = follow(&world, ids(&["a"]), false);
+    let mut following = follow(&world, ids(&["a"]), false).await;
     let away = until(&mut following.known, |known| known.lost.len() == 2).await;
     assert_eq!((tag(&away), group(&away)), (Some(2), None));
 
@@ -378,7 +378,7 @@ async fn a_forced_poll_ends_when_it_is_applied_or_says_why_not() {
         false => list(&[policy("a", "0001", "b")]),
     })
     .await;
-    let mut following = follow_each(Duration::from_secs(3600), &world, ids(&["a"]), false);
+    let mut following = follow_each(Duration::from_secs(3600), &world, ids(&["a"]), false).await;
     until(&mut following.known, |known| known.policies.is_some()).await;
     let polls = following.polls.clone();
     let force = || {

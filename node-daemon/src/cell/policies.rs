@@ -26,12 +26,6 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Waits until what a snapshot has is known. A first step without it would shut out whom it lets in.
-    pub(super) async fn loaded(&mut self) {
-        // Where nobody follows the server, nothing will ever be known.
-        drop(self.known.changed().await);
-    }
-
     /// Says whose containers the cell has now.
     pub(super) fn want(&self, roster: &Roster) {
         let now = ids(roster);
@@ -71,7 +65,7 @@ impl<K: Kernel> Running<K> {
         }
     }
 
-    /// Says which answers are in the kernel, if nothing of them was refused.
+    /// Says which answers are in the kernel, once nothing of them is refused any more.
     pub(super) fn policies_applied(&self) {
         let Some(policies) = self.task.policies.as_ref().filter(|_| !self.task.cell.unsettled_firewall())
         else {

@@ -227,3 +227,16 @@ fn the_numbers_have_names() {
     assert!(text.contains("weft_node_traffic_log_written_total 3\n"), "{text}");
     assert!(text.contains("weft_node_traffic_log_dropped_queue_total 1\n"), "{text}");
 }
+
+#[test]
+fn a_container_that_has_left_is_named_for_a_moment() {
+    let (before, now) = (directory(), SystemTime::UNIX_EPOCH + Duration::from_secs(10));
+    let after = Directory::default().remembering(&before, now);
+    let named = |directory: &Directory, at| directory.identify(CONTAINER, at).is_some();
+    assert!(named(&after, now) && named(&after, now + REMEMBERED));
+    let late = now + REMEMBERED + Duration::from_millis(1);
+    assert!(!named(&after, late), "a packet of later");
+    let still = Directory::default().remembering(&after, now + REMEMBERED);
+    assert!(named(&still, now) && still.by_addr.is_empty());
+    assert!(Directory::default().remembering(&still, late).left.is_empty(), "and then it is forgotten");
+}

@@ -1,4 +1,4 @@
-//! The firewall's table: one transaction for a step, and what is in the table.
+//! The firewall's table: one transaction for a step, one before it for new sets of ranges, and what is in the table.
 //!
 //! Owns a socket of its own that stays open: one that closes waits for all that its transactions deleted.
 

@@ -128,8 +128,10 @@ fn counters<'a>(
 
 /// What a container has sent is what its link's end on the cell has received.
 fn containers(encoder: &mut DescriptorEncoder<'_>, links: &[Traffic], directory: &Directory) -> fmt::Result {
-    let known: Vec<(&Container, &Traffic)> =
-        links.iter().filter_map(|link| Some((directory.identify(link.container?.get())?, link))).collect();
+    let known: Vec<(&Container, &Traffic)> = links
+        .iter()
+        .filter_map(|link| Some((&*directory.by_addr.get(&link.container?.get())?.container, link)))
+        .collect();
     let labelled = |value: fn(&Traffic) -> [u64; 2]| {
         known.iter().flat_map(move |(container, link)| {
             ["received", "sent"].into_iter().zip(value(link)).map(|(direction, value)| {

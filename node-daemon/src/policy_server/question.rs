@@ -1,4 +1,4 @@
-//! One question: has anything changed, and if so, to what?
+//! One question: has anything changed, and if so, to what? Of ids that are new, only the latter.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use weft_model::asg::group::SecurityGroup;
-use weft_model::follow::{Ids, Stamp, Subject};
+use weft_model::follow::{First, Ids, Stamp, Subject};
 use weft_model::policy::{Policies, PolicyTag, by_app};
 
 use super::client::{AskError, Client};
@@ -42,10 +42,13 @@ pub(super) async fn ask(
     client: &Client,
     subject: Subject,
     ids: &Ids,
-    unless: Option<Stamp>,
+    first: First,
 ) -> Result<Answer, AskError> {
-    let mut before = last_updated(client, subject).await?;
-    if before.is_some() && before == unless {
+    let mut before = match first {
+        First::Nothing(stamp) => Some(stamp),
+        First::Stamp | First::Unless(_) => last_updated(client, subject).await?,
+    };
+    if before.is_some_and(|stamp| first == First::Unless(stamp)) {
         return Ok(Answer::Unchanged);
     }
     let mut tries = 1;

@@ -50,7 +50,8 @@ impl Node {
         let (overlay, leases) = watch::channel(overlay);
         let (guard, guarded) = watch::channel(Guard::Ours);
 
-        let (out, known) = watch::channel(Known::default());
+        let config = config(state, server);
+        let (out, known) = watch::channel(policy_server::known(&config).await);
         let (journal, records) = Journal::open(state, "boot").expect("a journal");
         let mut cell = Cell::new(inputs.config.clone());
         cell.replay(records);
@@ -58,7 +59,6 @@ impl Node {
         let (applied, done) = watch::channel(Applied::default());
         let metrics = Arc::new(Metrics::new(&mut Registry::default()));
         let (polls, forced) = mpsc::channel(1);
-        let config = config(state, server);
         let following = policy_server::run(config, wanted, out, done.clone(), forced, Arc::clone(&metrics));
         let follower = tokio::spawn(following);
 

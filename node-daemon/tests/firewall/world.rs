@@ -164,8 +164,9 @@ impl Site {
     pub(crate) fn wish_of(&mut self, owner: Owner, profile: Profile, ports: &[(u16, u16)]) -> Instance {
         let port = |n: u16| n.try_into().expect("a port");
         self.added += 1;
+        let name = format!("container-{}", self.added);
         let wanted = Wanted {
-            handle: format!("container-{}", self.added).parse().expect("handle"),
+            handle: name.parse().expect("handle"),
             interface: "eth0".parse().expect("name"),
             mtu: None,
             owner,
