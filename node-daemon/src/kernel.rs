@@ -11,11 +11,12 @@
 //!  lay       what a step lays            delete    links away, on threads of their own
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
+//!  carrier   when a new link passes packets
 //!  events    notifications               conntrack connections of a former address
 //!  ruleset_events    notifications on nf_tables          nflog     what rules log
-//!  nflog     what the firewall decided
 //! ```
 
+pub mod carrier;
 pub mod conntrack;
 mod delete;
 mod dump;

@@ -13,13 +13,16 @@ use std::time::Duration;
 
 use policy_server::world::{Reply, World, certificates, ok};
 use prometheus_client::registry::Registry;
+use rustls::SupportedProtocolVersion;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
+use weft_daemon::tls::Files;
 use weft_model::follow::{Ids, Intervals, Stamp, Subject};
 use weft_model::policy::AppGuid;
 use weft_node::cell::chain;
 use weft_node::metrics::Metrics;
-use weft_node::policy_server::{self as follower, Applied, Client, Config, Forced, Known, run};
+use weft_node::policy_server::{self as follower, Applied, Client, Config, Forced, Known, Server, run};
+use weft_testbed::policy_server::PolicyServer;
 
 const POLICIES: &str = "/networking/v1/internal/policies?id=";
 const GROUPS: &str = "/networking/v1/internal/security_groups?limit=5000&from=";
@@ -47,6 +50,27 @@ fn policy(from: &str, tag: &str, to: &str) -> Value {
 fn page(next: u64, guids: &[&str]) -> Reply {
     let group = |guid: &&str| json!({ "guid": guid, "name": guid, "rules": "[]", "running_default": true });
     ok(json!({ "next": next, "security_groups": guids.iter().map(group).collect::<Vec<_>>() }))
+}
+
+/// The real server speaks TLS 1.2 with one suite, and has an RSA key.
+#[tokio::test]
+async fn either_version_of_tls_will_do() {
+    let server = PolicyServer::scratch().unwrap();
+    static OLD: &[&SupportedProtocolVersion] = &[&rustls::version::TLS12];
+    static NEW: &[&SupportedProtocolVersion] = &[&rustls::version::TLS13];
+    for versions in [OLD, NEW] {
+        server.speak(versions);
+        server.start().unwrap();
+        let client = &server.files.client;
+        let certificates = Files {
+            ca: server.files.ca.clone(),
+            certificate: client.certificate.clone(),
+            key: client.key.clone(),
+        };
+        let url = server.url().parse().unwrap();
+        let client = Client::new(Server { url, certificates, answers_within: Duration::from_secs(60) });
+        assert!(client.policies_last_updated().await.unwrap().0 > 0);
+    }
 }
 
 #[tokio::test]

@@ -72,7 +72,7 @@ impl Authority {
 
     /// For a policy server, reached by its name or at `address`.
     pub fn policy_server(&self, address: IpAddr) -> Result<Identity> {
-        self.issue(params(policy_server::NAME, Some(address))?)
+        self.certify(KeyPair::from_pem(policy_server::KEY)?, params(policy_server::NAME, Some(address))?)
     }
 
     /// For any name.
@@ -89,7 +89,10 @@ impl Authority {
     }
 
     fn issue(&self, params: CertificateParams) -> Result<Identity> {
-        let key = KeyPair::generate()?;
+        self.certify(KeyPair::generate()?, params)
+    }
+
+    fn certify(&self, key: KeyPair, params: CertificateParams) -> Result<Identity> {
         let certificate = params.signed_by(&key, &self.issuer)?.pem();
         Ok(Identity { certificate, key: key.serialize_pem() })
     }

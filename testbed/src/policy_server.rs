@@ -1,8 +1,7 @@
 //! A policy server that speaks the internal protocol of cf-networking-release's `policy-server-internal`:
 //! mutual TLS, HTTP/1.1, bodies of JSON that call themselves text; with faults on demand. It owns one thread
-//! and a listening socket in the place it was made for; its state is a value that tests change. It differs from
-//! the real one in the key of its certificate, which is ECDSA (ring makes no RSA keys): TLS 1.2 is spoken with
-//! AES128-GCM-SHA256 only, as there, and signed according to the certificate; files with an RSA key do as well.
+//! and a listening socket in the place it was made for; its state is a value that tests change. As with the real
+//! one, TLS 1.2 is spoken with ECDHE-RSA-AES128-GCM-SHA256 only, and its key is RSA.
 
 mod http;
 mod state;
@@ -20,7 +19,7 @@ use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig};
+use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion};
 use tokio::sync::oneshot;
 use tokio_rustls::TlsAcceptor;
 
@@ -32,6 +31,8 @@ pub use state::{Policy, SecurityGroup, State};
 /// The name that clients expect in its certificate.
 pub const NAME: &str = "policy-server.service.cf.internal";
 pub const PORT: u16 = 4003;
+/// Of its certificate.
+pub(crate) const KEY: &str = include_str!("policy_server/key.pem");
 
 /// What can be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,6 +106,7 @@ pub struct PolicyServer {
     place: Place,
     served: Arc<Served>,
     running: Mutex<Option<Running>>,
+    versions: Mutex<&'static [&'static SupportedProtocolVersion]>,
     /// Removed last.
     _temporary: Option<tempfile::TempDir>,
 }
@@ -162,10 +164,16 @@ impl PolicyServer {
                 asked: Mutex::default(),
             }),
             running: Mutex::default(),
+            versions: Mutex::new(rustls::ALL_VERSIONS),
             _temporary: None,
         };
         server.start()?;
         Ok(server)
+    }
+
+    /// Speaks these versions of TLS only, from the next [`start`](Self::start) on.
+    pub fn speak(&self, versions: &'static [&'static SupportedProtocolVersion]) {
+        *lock(&self.versions) = versions;
     }
 
     /// By address: names are not resolved in a lab.
@@ -176,7 +184,7 @@ impl PolicyServer {
     /// Starts it, also after a [`stop`](Self::stop), with what it knew; reads its files again.
     pub fn start(&self) -> Result<()> {
         self.stop();
-        let tls = TlsAcceptor::from(Arc::new(tls(&self.files)?));
+        let tls = TlsAcceptor::from(Arc::new(tls(&self.files, *lock(&self.versions))?));
         // A socket stays in the namespace in which it was opened; who accepts on it may be anywhere.
         let listener = self.place.enter(|| TcpListener::bind(self.address))?;
         let listener = listener.with_context(|| format!("listen on {}", self.address))?;
@@ -290,7 +298,7 @@ async fn accept(listener: TcpListener, tls: TlsAcceptor, served: Arc<Served>) ->
     }
 }
 
-fn tls(files: &Files) -> Result<ServerConfig> {
+fn tls(files: &Files, versions: &[&'static SupportedProtocolVersion]) -> Result<ServerConfig> {
     use rustls::crypto::ring::cipher_suite as suites;
     let provider = Arc::new(CryptoProvider {
         cipher_suites: vec![
@@ -298,7 +306,6 @@ fn tls(files: &Files) -> Result<ServerConfig> {
             suites::TLS13_AES_256_GCM_SHA384,
             suites::TLS13_CHACHA20_POLY1305_SHA256,
             suites::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
-            suites::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
         ],
         ..ring::default_provider()
     });
@@ -315,7 +322,7 @@ fn tls(files: &Files) -> Result<ServerConfig> {
     let key = PrivateKeyDer::from_pem_file(&files.server.key)
         .with_context(|| format!("read {}", files.server.key.display()))?;
     let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
+        .with_protocol_versions(versions)?
         .with_client_cert_verifier(clients)
         .with_single_cert(certificates(&files.server.certificate)?, key)?;
     // The server's order, as in Go; and no ALPN, whatever the client offers.

@@ -15,7 +15,7 @@ use weft_model::reason::{self, Reason};
 
 use super::Running;
 use crate::inbox::{Check, Inbox, Question, Reply, Request, Sender};
-use crate::kernel::{Kernel, inside};
+use crate::kernel::{Kernel, carrier, inside};
 use crate::metrics::Metrics;
 
 impl<K: Kernel> Running<K> {
@@ -109,7 +109,13 @@ pub(super) async fn lay_inside(
 ) {
     let inner = spec.clone();
     let began = std::time::Instant::now();
-    let laid = spawn_blocking(move || inside::lay(namespace.as_fd(), &inner)).await;
+    let lay = move || {
+        inside::lay(namespace.as_fd(), &inner)?;
+        // That it could not be seen is no harm to the container.
+        drop(carrier::wait(&inner));
+        Ok(())
+    };
+    let laid = spawn_blocking(lay).await;
     metrics.inside(began.elapsed());
     let laid = laid.unwrap_or_else(|panic| Err(Reason::Bug { invariant: panic.to_string() }));
     let (handle, answer) = (spec.handle.clone(), laid.map(|()| spec));

@@ -1,5 +1,6 @@
 //! Containers' links: both ends as silk lays them, names that are taken, many at once, and with a read-only /proc/sys.
 
+use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, unshare};
 use weft_model::cell::{Belief, Key, Object};
 use weft_model::reason::Reason;
-use weft_node::kernel::{Kernel, Namespaces, inside};
+use weft_node::kernel::{Kernel, Namespaces, carrier, inside};
 
 use crate::world::{Cell, Space, at, held, key, lay, link, remove};
 
@@ -65,6 +66,27 @@ async fn both_ends_are_as_silk_lays_them() {
     cell.apply(&remove(&held([Object::Link(spec)])), &Namespaces::new()).await;
     assert!(!container.try_run("ip link show eth0").0, "gone inside as soon as it is gone outside");
     assert_eq!(cell.see().await, held([]));
+}
+
+/// And is not dropped by an end that is not ready to send.
+#[tokio::test]
+async fn the_first_packet_to_a_new_container_arrives() {
+    let mut cell = Cell::new().await;
+    for n in 2..52 {
+        let addr = format!("10.255.66.{n}");
+        let (container, spec) = cell.container(&addr).await;
+        let ear = container.enter(|| UdpSocket::bind(("0.0.0.0", 7000)).expect("bound"));
+        ear.set_read_timeout(Some(Duration::from_secs(2))).expect("set");
+        let heard = cell.space.enter(|| {
+            carrier::wait(&spec).expect("looked");
+            UdpSocket::bind(("0.0.0.0", 0))
+                .expect("bound")
+                .send_to(b"x", (addr.as_str(), 7000))
+                .expect("sent");
+            ear.recv(&mut [0; 1])
+        });
+        assert_eq!(heard.ok(), Some(1), "container {n}");
+    }
 }
 
 #[tokio::test]
