@@ -221,6 +221,7 @@ fn what_a_runtime_does_not_list_is_collected_and_status_says_whether_containers_
     assert_eq!((handles(cell).len(), links(cell)), (0, 0));
 
     cell.configure_list("1.1.0", "weft", &[cell.plugin().into()]).unwrap();
+    cell.add(&Request::app("left")).unwrap();
     cell.kill_node().unwrap();
     let away = cell.takes_containers().unwrap_err().to_string();
     assert!(away.contains("code 51") && away.contains("does not answer"), "{away}");
@@ -233,6 +234,9 @@ fn what_a_runtime_does_not_list_is_collected_and_status_says_whether_containers_
         assert!(why.contains("code 50") || why.contains("code 51"), "{why}");
         why.contains("code 50") && why.contains("no controller answers")
     });
+    // What is asked besides is done all the same.
+    cell.del("left").unwrap();
+    assert_eq!((handles(cell).len(), links(cell)), (0, 0));
     lab.controllers[0].start().unwrap();
     wait_for("STATUS says that containers can come", || cell.takes_containers().is_ok());
 }
