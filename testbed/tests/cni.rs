@@ -114,6 +114,9 @@ fn a_delete_succeeds_however_late_and_often_it_comes() {
     delete("died");
     cell.remove_namespace("died").unwrap();
     delete("died");
+    // What garden-external-networker leaves when a process died before its namespace was bound: a plain file.
+    std::fs::write(cell.namespace_file("died"), "").unwrap();
+    delete("died");
     // The namespace is gone, and nobody was told.
     cell.add(&Request::app("gone")).unwrap();
     cell.remove_namespace("gone").unwrap();
@@ -239,6 +242,22 @@ fn what_a_runtime_does_not_list_is_collected_and_status_says_whether_containers_
     assert_eq!((handles(cell).len(), links(cell)), (0, 0));
     lab.controllers[0].start().unwrap();
     wait_for("STATUS says that containers can come", || cell.takes_containers().is_ok());
+}
+
+/// docs/cni.md, "In a chain": what another plugin laid is not taken from it, and of ours nothing is left.
+#[test]
+fn a_default_route_of_another_makes_the_add_fail_and_stays() {
+    let lab = lab("route");
+    let cell = &lab.cells[0];
+    cell.create_namespace("c").unwrap();
+    let place = cell.container_place("c");
+    place.ip("link add other type veth peer name others\nlink set others up\nlink set other up\nroute add default dev other").unwrap();
+    let added = cell.cni("ADD", "c", &cell.add_input(&Request::app("c")).unwrap()).unwrap();
+    assert_eq!(code(&added), 5, "{}", said(&added));
+    assert!(said(&added).contains("default route"), "{}", said(&added));
+    assert!(place.run("ip", &["route"], "").unwrap().contains("default dev other"));
+    assert_eq!((handles(cell).len(), links(cell)), (0, 0));
+    assert_eq!(lab.complaints(&["container not added"]), Vec::<String>::new());
 }
 
 /// A runtime ends what it could not begin: the other attachment of the container stays.

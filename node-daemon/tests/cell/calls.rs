@@ -178,6 +178,11 @@ fn a_cell_says_whether_it_takes_containers() {
         let world = World::start(None).await;
         let none = world.inbox.ready().await;
         assert!(matches!(none, Err(Reason::NoLeaseYet { .. })), "{none:?}");
+        // Why there is none is the controllers' word.
+        let exhausted = Reason::PoolExhausted { network: "10.255.0.0/16".into() };
+        world.overlay.send_modify(|overlay| overlay.view.trouble = Some(exhausted));
+        let none = world.inbox.ready().await.unwrap_err();
+        assert!(none.to_string().contains("no free subnet in 10.255.0.0/16"), "{none}");
         world.overlay.send_modify(|overlay| {
             overlay.table = own_lease().map(|lease| (lease, weft_model::lease::Peers::new()));
         });

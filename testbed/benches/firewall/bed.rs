@@ -190,6 +190,7 @@ pub(super) fn wanted(name: &str, interface: &str, profile: Arc<Known>) -> Result
         mtu: None,
         owner: Owner::default(),
         ports: Vec::new(),
+        network: "weft".into(),
         profile,
     })
 }
