@@ -5,8 +5,9 @@ use std::fs;
 use std::path::Path;
 
 /// Where the tests are that are named by a file's short name.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 12] = [
     ("plugin", "cni-client/tests/plugin.rs"),
+    ("spec", "cni-client/tests/plugin/spec.rs"),
     ("netconf", "cni-client/src/netconf/tests.rs"),
     ("previous", "cni-client/src/previous.rs"),
     ("reasons", "model/tests/reasons.rs"),
