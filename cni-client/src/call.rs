@@ -19,12 +19,13 @@ use tonic::{Code, Status};
 use weft_model::reason::Reason;
 use weft_proto::convert;
 use weft_proto::node::containers_client::ContainersClient;
-use weft_proto::node::{AddRequest, CheckRequest, DeleteRequest};
+use weft_proto::node::{self, AddRequest, CheckRequest, CollectRequest, DeleteRequest, ReadyRequest};
 use weft_proto::status::reason_of;
 
-use crate::environment::{Command, Environment};
+use crate::environment::{Attachment, Command};
 use crate::netconf::{Addition, NetConf, Version};
 use crate::output;
+use crate::previous::Ours;
 
 /// A daemon that is there accepts at once; a runtime must hear within a second that it is not.
 const CONNECT: Duration = Duration::from_millis(800);
@@ -37,22 +38,31 @@ const CALL: Duration = Duration::from_secs(60);
 /// What the daemon is asked for.
 #[derive(Debug)]
 pub(crate) enum Asked {
-    Add(Box<Addition>),
-    Check,
-    Delete,
+    Add(Attachment, Box<Addition>),
+    Check(Attachment, Ours),
+    Delete(Attachment),
+    Collect(Vec<node::Attachment>),
+    Ready,
+}
+
+impl Asked {
+    fn namespace(&self) -> Option<&Path> {
+        match self {
+            Self::Add(attachment, _) | Self::Check(attachment, _) | Self::Delete(attachment) => {
+                attachment.namespace.as_deref()
+            }
+            Self::Collect(_) | Self::Ready => None,
+        }
+    }
 }
 
 pub(crate) fn make(
-    environment: &Environment,
+    command: Command,
     conf: &NetConf,
     asked: Asked,
     version: Version,
 ) -> Result<Option<String>, Reason> {
-    if environment.command == Command::Check && version < Version::V0_4_0 {
-        let why = format!("version {} of the specification has no CHECK, 0.4.0 has", version.as_str());
-        return Err(Reason::InvalidField { field: "cniVersion".into(), why });
-    }
-    let namespace = open_namespace(environment)?;
+    let namespace = open_namespace(command, asked.namespace())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|why| Reason::File {
         operation: "set up".into(),
@@ -60,24 +70,23 @@ pub(crate) fn make(
         why: why.to_string(),
     })?;
     runtime.block_on(async {
-        let call = call(environment, conf, asked, version, namespace);
-        let late = || Reason::Deadline { operation: format!("{:?}", environment.command).to_uppercase() };
+        let call = call(conf, asked, version, namespace);
+        let late = || Reason::Deadline { operation: command.as_str().into() };
         tokio::time::timeout(CALL, call).await.unwrap_or_else(|_| Err(late()))
     })
 }
 
 /// A namespace that is gone is an error, but for DEL: what was in it is gone with it.
-fn open_namespace(environment: &Environment) -> Result<Option<OwnedFd>, Reason> {
-    let Some(path) = &environment.namespace else { return Ok(None) };
+fn open_namespace(command: Command, path: Option<&Path>) -> Result<Option<OwnedFd>, Reason> {
+    let Some(path) = path else { return Ok(None) };
     match File::open(path) {
         Ok(file) => Ok(Some(file.into())),
-        Err(_) if environment.command == Command::Del => Ok(None),
+        Err(_) if command == Command::Del => Ok(None),
         Err(why) => Err(Reason::NamespaceGone { path: path.display().to_string(), why: why.to_string() }),
     }
 }
 
 async fn call(
-    environment: &Environment,
     conf: &NetConf,
     asked: Asked,
     version: Version,
@@ -87,11 +96,11 @@ async fn call(
     let connected = tokio::time::timeout(CONNECT, connect(&conf.socket, namespace)).await;
     let channel = connected.map_err(|_| away("no answer in time".into()))?.map_err(away)?;
     let mut client = ContainersClient::new(channel);
-    let (handle, interface) = (environment.handle.to_string(), environment.interface.to_string());
+    let path = asked.namespace().map(|path| path.display().to_string()).unwrap_or_default();
     let failed = |status: Status| match reason_of(&status) {
         // The daemon knows descriptors only; which path it was is known here.
-        Some(Reason::NamespaceWrongKind { .. }) => Reason::NamespaceWrongKind { path: path(environment) },
-        Some(Reason::NamespaceIsCells { .. }) => Reason::NamespaceIsCells { path: path(environment) },
+        Some(Reason::NamespaceWrongKind { .. }) => Reason::NamespaceWrongKind { path: path.clone() },
+        Some(Reason::NamespaceIsCells { .. }) => Reason::NamespaceIsCells { path: path.clone() },
         Some(reason) => reason,
         None if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated) => {
             Reason::NotYours { claimed: "the node daemon".into(), seen: status.message().into() }
@@ -99,35 +108,42 @@ async fn call(
         None => away(status.message().to_owned()),
     };
     match asked {
-        Asked::Add(addition) => {
+        Asked::Add(Attachment { handle, interface, namespace }, addition) => {
             let request = AddRequest {
-                handle,
-                interface,
+                handle: handle.to_string(),
+                interface: interface.to_string(),
                 mtu: addition.mtu,
                 owner: Some(addition.owner),
                 ports: convert::ports_to(&addition.ports),
                 settings: Some(convert::settings_to(&addition.settings)),
                 net_out_rules: addition.net_out_rules,
+                network: conf.name.clone(),
             };
             let added = client.add(request).await.map_err(failed)?.into_inner();
-            let sandbox = environment.namespace.as_deref().unwrap_or_else(|| Path::new(""));
-            let nameservers = &addition.nameservers;
-            Ok(Some(output::added(version, &added, &environment.interface, sandbox, nameservers)))
+            let sandbox = namespace.as_deref().unwrap_or_else(|| Path::new(""));
+            let Addition { nameservers, previous, .. } = *addition;
+            Ok(Some(output::added(version, &added, &interface, sandbox, &nameservers, previous)))
         }
-        Asked::Check => {
-            let address = conf.address.map_or(0, u32::from);
-            client.check(CheckRequest { handle, interface, address }).await.map_err(failed)?;
-            Ok(None)
+        Asked::Check(Attachment { handle, interface, .. }, ours) => {
+            let request = CheckRequest {
+                handle: handle.to_string(),
+                interface: interface.to_string(),
+                address: ours.address.map_or(0, u32::from),
+                mtu: ours.mtu.unwrap_or_default(),
+                without_default_route: ours.without_default_route,
+            };
+            client.check(request).await.map(|_| None).map_err(failed)
         }
-        Asked::Delete => {
-            client.delete(DeleteRequest { handle, interface }).await.map_err(failed)?;
-            Ok(None)
+        Asked::Delete(Attachment { handle, interface, .. }) => {
+            let request = DeleteRequest { handle: handle.to_string(), interface: interface.to_string() };
+            client.delete(request).await.map(|_| None).map_err(failed)
         }
+        Asked::Collect(valid) => {
+            let request = CollectRequest { network: conf.name.clone(), valid };
+            client.collect(request).await.map(|_| None).map_err(failed)
+        }
+        Asked::Ready => client.ready(ReadyRequest {}).await.map(|_| None).map_err(failed),
     }
-}
-
-fn path(environment: &Environment) -> String {
-    environment.namespace.as_ref().map(|path| path.display().to_string()).unwrap_or_default()
 }
 
 async fn connect(socket: &Path, namespace: Option<OwnedFd>) -> Result<Channel, String> {

@@ -9,12 +9,13 @@ mod call;
 mod environment;
 mod netconf;
 mod output;
+mod previous;
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
 use call::Asked;
-use environment::{Command, Environment};
+use environment::{Attachment, Command};
 use netconf::{Addition, NetConf, Version};
 use weft_model::reason::Reason;
 
@@ -23,7 +24,8 @@ const ABOUT: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     ": connects a container to Weft's overlay.\n",
     "A CNI runtime executes it with CNI_COMMAND and the other variables of the CNI specification set, and the\n",
-    "network configuration on standard input. Supported CNI versions: 0.3.1, 0.4.0, 1.0.0, 1.1.0.\n",
+    "network configuration on standard input. Supported CNI versions: 0.1.0, 0.2.0, 0.3.0, 0.3.1, 0.4.0, 1.0.0,\n",
+    "1.1.0.\n",
 );
 
 fn main() -> ExitCode {
@@ -43,8 +45,8 @@ fn main() -> ExitCode {
     match run(&command, &mut version) {
         Ok(Some(result)) => print(&format!("{result}\n")),
         Ok(None) => ExitCode::SUCCESS,
-        Err(reason) => {
-            print(&format!("{}\n", output::error(version, &reason)));
+        Err(Failure { code, reason }) => {
+            print(&format!("{}\n", output::error(version, code, &reason)));
             ExitCode::FAILURE
         }
     }
@@ -58,23 +60,67 @@ fn print(text: &str) -> ExitCode {
     }
 }
 
-fn run(command: &str, version: &mut Version) -> Result<Option<String>, Reason> {
+/// Why a call failed, and the code that says so to a runtime.
+struct Failure {
+    code: u32,
+    reason: Reason,
+}
+
+impl From<Reason> for Failure {
+    fn from(reason: Reason) -> Self {
+        Self { code: reason.meaning().cni, reason }
+    }
+}
+
+fn run(command: &str, version: &mut Version) -> Result<Option<String>, Failure> {
     let command: Command = command.parse()?;
     let mut stdin = Vec::new();
     let read = std::io::stdin().lock().read_to_end(&mut stdin);
     read.map_err(|why| Reason::UnreadableInput { why: why.to_string() })?;
     if command == Command::Version {
-        *version = netconf::version_of(&stdin).unwrap_or(Version::LATEST);
-        return Ok(Some(output::versions(*version)));
+        return Ok(Some(output::versions(&netconf::given_version(&stdin)?)));
     }
     *version = netconf::version_of(&stdin)?;
-    let environment = Environment::read(command, |name| std::env::var(name).ok())?;
-    let conf = NetConf::parse(&stdin)?;
-    let asked = match command {
-        Command::Version => return Ok(Some(output::versions(*version))),
-        Command::Add => Asked::Add(Box::new(Addition::parse(&stdin)?)),
-        Command::Check => Asked::Check,
-        Command::Del => Asked::Delete,
+    supports(*version, command)?;
+    let asked = ask(command, &stdin)?;
+    let answer = call::make(command, &NetConf::parse(&stdin)?, asked, *version);
+    answer.map_err(|reason| match command {
+        Command::Status => Failure { code: reason.status_code(), reason },
+        _ => reason.into(),
+    })
+}
+
+/// Commands are younger than the first versions.
+fn supports(version: Version, command: Command) -> Result<(), Reason> {
+    let since = match command {
+        Command::Add | Command::Del | Command::Version => Version::V0_1_0,
+        Command::Check => Version::V0_4_0,
+        Command::Gc | Command::Status => Version::V1_1_0,
     };
-    call::make(&environment, &conf, asked, *version)
+    if version >= since {
+        return Ok(());
+    }
+    let supported = format!("{} from {} on", command.as_str(), since.as_str());
+    Err(Reason::CniVersionUnsupported { given: version.as_str().into(), supported })
+}
+
+fn ask(command: Command, stdin: &[u8]) -> Result<Asked, Reason> {
+    let var = |name: &str| std::env::var(name).ok();
+    Ok(match command {
+        Command::Add => {
+            let attachment = Attachment::read(command, var)?;
+            Asked::Add(attachment, Box::new(Addition::parse(stdin)?))
+        }
+        Command::Check => {
+            let attachment = Attachment::read(command, var)?;
+            let ours = netconf::previous(stdin)?.ours(&attachment.interface)?;
+            Asked::Check(attachment, ours)
+        }
+        Command::Del => Asked::Delete(Attachment::read(command, var)?),
+        Command::Gc => {
+            environment::check_path(var)?;
+            Asked::Collect(netconf::valid_attachments(stdin)?)
+        }
+        Command::Status | Command::Version => Asked::Ready,
+    })
 }

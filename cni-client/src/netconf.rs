@@ -11,16 +11,17 @@ mod fields;
 mod runtime;
 mod settings;
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde_json::Value;
 use weft_model::container::PortMapping;
 use weft_model::profile::Settings;
 use weft_model::reason::Reason;
-use weft_proto::node::Owner;
+use weft_proto::node::{Attachment, Owner};
 
-use fields::{Fields, invalid};
+use crate::previous::Previous;
+use fields::Fields;
+pub(crate) use fields::invalid;
 
 /// Where the node daemon listens unless the configuration says otherwise.
 pub(crate) const DEFAULT_SOCKET: &str = "/var/vcap/data/weft-node/run/weft-node.sock";
@@ -28,6 +29,9 @@ pub(crate) const DEFAULT_SOCKET: &str = "/var/vcap/data/weft-node/run/weft-node.
 /// The versions of the CNI specification that results can be given in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Version {
+    V0_1_0,
+    V0_2_0,
+    V0_3_0,
     V0_3_1,
     V0_4_0,
     V1_0_0,
@@ -35,11 +39,15 @@ pub(crate) enum Version {
 }
 
 impl Version {
-    pub(crate) const ALL: [Self; 4] = [Self::V0_3_1, Self::V0_4_0, Self::V1_0_0, Self::V1_1_0];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::V0_1_0, Self::V0_2_0, Self::V0_3_0, Self::V0_3_1, Self::V0_4_0, Self::V1_0_0, Self::V1_1_0];
     pub(crate) const LATEST: Self = Self::V1_1_0;
 
     pub(crate) fn as_str(self) -> &'static str {
         match self {
+            Self::V0_1_0 => "0.1.0",
+            Self::V0_2_0 => "0.2.0",
+            Self::V0_3_0 => "0.3.0",
             Self::V0_3_1 => "0.3.1",
             Self::V0_4_0 => "0.4.0",
             Self::V1_0_0 => "1.0.0",
@@ -51,9 +59,8 @@ impl Version {
 /// What every call needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NetConf {
+    pub(crate) name: String,
     pub(crate) socket: PathBuf,
-    /// The container's address as the previous result has it.
-    pub(crate) address: Option<Ipv4Addr>,
 }
 
 /// What an ADD needs beside it. No other call looks at it: a wrong field must not keep a container from being deleted.
@@ -68,12 +75,18 @@ pub(crate) struct Addition {
     pub(crate) nameservers: Vec<String>,
     /// JSON, passed on as it is.
     pub(crate) net_out_rules: Vec<u8>,
+    /// What plugins before this one made.
+    pub(crate) previous: Previous,
 }
 
-/// The version asked for; absent means 0.1.0 (CNI 1.1.0, section 1), which is not among ours.
+/// The version asked for, as it was written; what is absent or empty means 0.1.0 (CNI 0.2.0, "Network configuration").
+pub(crate) fn given_version(stdin: &[u8]) -> Result<String, Reason> {
+    let given = Fields::document(stdin)?.text("cniVersion")?;
+    Ok(given.filter(|given| !given.is_empty()).unwrap_or_else(|| Version::V0_1_0.as_str().into()))
+}
+
 pub(crate) fn version_of(stdin: &[u8]) -> Result<Version, Reason> {
-    let conf = Fields::document(stdin)?;
-    let given = conf.text("cniVersion")?.unwrap_or_else(|| "0.1.0".into());
+    let given = given_version(stdin)?;
     Version::ALL.into_iter().find(|version| version.as_str() == given).ok_or_else(|| {
         let supported = Version::ALL.map(Version::as_str).join(", ");
         Reason::CniVersionUnsupported { given, supported }
@@ -92,11 +105,33 @@ impl NetConf {
             ));
         }
         let socket = conf.text("socket")?.filter(|path| !path.is_empty());
-        Ok(Self {
-            socket: socket.map_or_else(|| DEFAULT_SOCKET.into(), Into::into),
-            address: previous_address(&conf)?,
-        })
+        Ok(Self { name, socket: socket.map_or_else(|| DEFAULT_SOCKET.into(), Into::into) })
     }
+}
+
+/// What the runtime says that other plugins did, or that we did before.
+pub(crate) fn previous(stdin: &[u8]) -> Result<Previous, Reason> {
+    let previous = Fields::document(stdin)?.get("prevResult")?;
+    previous.map_or_else(|| Ok(Previous::default()), Previous::parse)
+}
+
+/// The containers and interfaces that a GC leaves. A list that is null is empty: so Go writes one that has nothing in it.
+/// But without a list, or with one that is not understood, nothing is removed.
+pub(crate) fn valid_attachments(stdin: &[u8]) -> Result<Vec<Attachment>, Reason> {
+    const FIELD: &str = "cni.dev/valid-attachments";
+    let conf = Fields::document(stdin)?;
+    if !conf.has(FIELD) {
+        return Err(invalid(FIELD, "is missing"));
+    }
+    let text = |n: usize, one: &Value, key: &str| match one.get(key).and_then(Value::as_str) {
+        Some(text) => Ok(text.to_owned()),
+        None => Err(invalid(format!("{FIELD}[{n}].{key}"), "is not a text")),
+    };
+    let attachments = conf.list(FIELD)?;
+    let attachments = attachments.iter().enumerate().map(|(n, one)| {
+        Ok(Attachment { handle: text(n, one, "containerID")?, interface: text(n, one, "ifname")? })
+    });
+    attachments.collect()
 }
 
 impl Addition {
@@ -114,25 +149,16 @@ impl Addition {
         let (ports, net_out_rules) = runtime::runtime_config(&conf)?;
         let settings = settings::settings(&conf, &nameservers)?;
         let nameservers = nameservers.into_iter().map(|(given, _)| given).collect();
-        Ok(Self { mtu, owner, ports, settings, nameservers, net_out_rules })
+        // Chains are younger than the first layouts of results.
+        let chained = version_of(stdin)? >= Version::V0_3_0;
+        let previous = if chained { previous(stdin)? } else { Previous::default() };
+        Ok(Self { mtu, owner, ports, settings, nameservers, net_out_rules, previous })
     }
 }
 
 fn is_network_name(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'))
-}
-
-/// The first IPv4 address of `prevResult`, in any layout since 0.3.0.
-fn previous_address(conf: &Fields<'_>) -> Result<Option<Ipv4Addr>, Reason> {
-    let previous = match conf.get("prevResult")? {
-        None => return Ok(None),
-        Some(Value::Object(previous)) => previous,
-        Some(other) => return Err(invalid("prevResult", format!("`{other}` is not an object"))),
-    };
-    let ips = previous.get("ips").and_then(Value::as_array).into_iter().flatten();
-    let addresses = ips.filter_map(|ip| ip.get("address").and_then(Value::as_str));
-    Ok(addresses.filter_map(|address| address.split('/').next()?.parse().ok()).next())
 }
 
 #[cfg(test)]

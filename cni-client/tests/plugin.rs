@@ -1,6 +1,9 @@
 //! The plugin as a runtime executes it, against a node that answers what it is told to.
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
+#[path = "plugin/spec.rs"]
+mod spec;
+
 use std::fs::File;
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
@@ -22,9 +25,10 @@ use tonic::{Request, Response, Status};
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, ConnectionRate, DeleteRequest, DeleteResponse,
-    DenyNetworks, ExplainRequest, ExplainResponse, HostService, Network, OutboundConnections, PortMapping,
-    Settings, StatusRequest, StatusResponse, Transport,
+    AddRequest, AddResponse, CheckRequest, CheckResponse, CollectRequest, CollectResponse, ConnectionRate,
+    DeleteRequest, DeleteResponse, DenyNetworks, ExplainRequest, ExplainResponse, HostService, Network,
+    OutboundConnections, PortMapping, ReadyRequest, ReadyResponse, Settings, StatusRequest, StatusResponse,
+    Transport,
 };
 use weft_proto::status::to_status;
 
@@ -34,6 +38,7 @@ struct Arrived {
     adds: Vec<AddRequest>,
     checks: Vec<CheckRequest>,
     deletes: Vec<DeleteRequest>,
+    collections: Vec<CollectRequest>,
     /// Device and inode of each descriptor.
     namespaces: Vec<(u64, u64)>,
 }
@@ -72,6 +77,15 @@ impl Containers for Node {
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
         self.arrived.lock().unwrap().deletes.push(request.into_inner());
         self.answer(DeleteResponse {})
+    }
+
+    async fn collect(&self, request: Request<CollectRequest>) -> Result<Response<CollectResponse>, Status> {
+        self.arrived.lock().unwrap().collections.push(request.into_inner());
+        self.answer(CollectResponse {})
+    }
+
+    async fn ready(&self, _: Request<ReadyRequest>) -> Result<Response<ReadyResponse>, Status> {
+        self.answer(ReadyResponse {})
     }
 
     async fn explain(&self, _: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {
@@ -196,11 +210,13 @@ fn refused(output: &Output, code: i64, names: &str) {
     assert!(error["cniVersion"].is_string() && error["details"].is_string(), "{error}");
 }
 
+const VERSIONS: [&str; 7] = ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+
 #[test]
 fn add_gives_the_result_in_the_version_asked_for() {
     let world = World::new(None);
     let sandbox = world.namespace();
-    for version in ["0.3.1", "0.4.0", "1.0.0", "1.1.0"] {
+    for version in VERSIONS {
         let output = world.run("ADD", &world.conf(version));
         assert!(output.status.success(), "{output:?}");
         let mut host = json!({"name": "s-010255030002", "mac": "aa:aa:0a:ff:1e:02"});
@@ -213,15 +229,25 @@ fn add_gives_the_result_in_the_version_asked_for() {
         if version.starts_with("0.") {
             ip["version"] = "4".into();
         }
-        let expected = json!({
-            "cniVersion": version, "interfaces": [host, inner], "ips": [ip],
-            "routes": [{"dst": "0.0.0.0/0", "gw": "169.254.0.1"}], "dns": {},
-        });
+        let routes = json!([{"dst": "0.0.0.0/0", "gw": "169.254.0.1"}]);
+        let expected = match version {
+            "0.1.0" | "0.2.0" => json!({
+                "cniVersion": version, "dns": {},
+                "ip4": {"ip": "10.255.30.2/32", "gateway": "169.254.0.1", "routes": routes},
+            }),
+            _ => json!({
+                "cniVersion": version, "interfaces": [host, inner], "ips": [ip], "routes": routes, "dns": {},
+            }),
+        };
         assert_eq!(document(&output), expected, "{version}");
     }
     let arrived = world.arrived.lock().unwrap();
     let owner = arrived.adds[0].owner.clone().unwrap();
-    assert_eq!((arrived.adds[0].handle.as_str(), arrived.adds[0].interface.as_str()), ("handle-1", "eth0"));
+    let add = &arrived.adds[0];
+    assert_eq!(
+        (add.handle.as_str(), add.interface.as_str(), add.network.as_str()),
+        ("handle-1", "eth0", "weft")
+    );
     assert_eq!(
         (owner.app_id.as_str(), owner.space_id.as_str(), owner.org_id.as_str()),
         ("app", "space", "org")
@@ -229,7 +255,7 @@ fn add_gives_the_result_in_the_version_asked_for() {
     let passed = std::fs::metadata(world.namespace()).unwrap();
     assert_eq!(
         arrived.namespaces,
-        vec![(passed.dev(), passed.ino()); 4],
+        vec![(passed.dev(), passed.ino()); VERSIONS.len()],
         "the descriptor is the file that was named"
     );
 }
@@ -293,6 +319,7 @@ fn what_a_container_may_do_reaches_the_node() {
             deny_cloud_metadata: false,
         }),
         net_out_rules: conf["runtimeConfig"]["netOutRules"].to_string().into(),
+        network: "weft".into(),
     };
     assert_eq!(arrived.adds[0], expected);
     // And without any of it.
@@ -327,9 +354,9 @@ fn delete_and_check_say_nothing_when_all_is_well() {
     assert!(execute(&environment, world.conf("1.0.0").to_string().as_bytes()).status.success());
     environment.remove(2);
     assert!(execute(&environment, world.conf("1.0.0").to_string().as_bytes()).status.success());
-    // What only an ADD needs, and what is wrong in it, keeps no container from being deleted.
+    // What only an ADD or a CHECK needs, and what is wrong in it, keeps no container from being deleted.
     let mut wrong = world.conf("1.0.0");
-    wrong["dns_servers"] = json!(["banana"]);
+    (wrong["dns_servers"], wrong["prevResult"]) = (json!(["banana"]), json!("banana"));
     assert!(execute(&environment, wrong.to_string().as_bytes()).status.success());
     let arrived = world.arrived.lock().unwrap();
     assert_eq!((arrived.deletes.len(), arrived.checks[0].address), (4, 0x0aff_1e02));
@@ -340,15 +367,16 @@ fn delete_and_check_say_nothing_when_all_is_well() {
 fn version_lists_what_is_supported() {
     let output = execute(&[("CNI_COMMAND", "VERSION".into())], br#"{"cniVersion":"1.0.0"}"#);
     assert!(output.status.success());
-    let expected = json!({"cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]});
-    assert_eq!(document(&output), expected);
+    assert_eq!(document(&output), json!({"cniVersion": "1.0.0", "supportedVersions": VERSIONS}));
+    let unknown = execute(&[("CNI_COMMAND", "VERSION".into())], br#"{"cniVersion":"7.0.0"}"#);
+    assert_eq!(document(&unknown)["cniVersion"], "7.0.0", "as it was given");
 }
 
 #[test]
 fn executed_by_hand_it_introduces_itself() {
     let output = execute(&[], b"");
     assert!(output.status.success() && output.stdout.is_empty());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("0.3.1, 0.4.0, 1.0.0, 1.1.0"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("0.1.0, 0.2.0, 0.3.0, 0.3.1, 0.4.0, 1.0.0"));
     for (flag, says) in [("--help", "CNI_COMMAND"), ("--version", env!("CARGO_PKG_VERSION"))] {
         let output = Command::new(env!("CARGO_BIN_EXE_weft-cni")).arg(flag).env_clear().output().unwrap();
         assert!(output.status.success() && String::from_utf8_lossy(&output.stdout).contains(says));
@@ -383,19 +411,19 @@ fn wrong_input_is_refused_by_name_and_never_reaches_the_node() {
     ] {
         refused(&execute(&environment(name, Some(value)), text.as_bytes()), 4, name);
     }
-    for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"] {
+    for name in ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"] {
         refused(&execute(&environment(name, None), text.as_bytes()), 4, name);
     }
     let nothing = execute(&[("CNI_COMMAND", "ADD".into())], text.as_bytes());
-    refused(&nothing, 4, "[CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME,CNI_PATH] missing");
-    for command in ["GC", "STATUS", "add", "X"] {
+    refused(&nothing, 4, "[CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME] missing");
+    for command in ["add", "gc", "X"] {
         refused(&world.run(command, &conf), 4, &format!("unknown CNI_COMMAND: {command}"));
     }
     for broken in ["", "{", "{\"cniVersion\": \"1.0.0\",}", "[]", "7"] {
         refused(&execute(&world.environment("ADD"), broken.as_bytes()), 6, "JSON");
     }
-    for version in ["", "0.1.0", "0.2.0", "0.3.0", "2.0.0", "1.0"] {
-        refused(&world.run("ADD", &with("cniVersion", version.into())), 1, "0.3.1, 0.4.0, 1.0.0, 1.1.0");
+    for version in ["2.0.0", "1.0", "0.3.2"] {
+        refused(&world.run("ADD", &with("cniVersion", version.into())), 1, &VERSIONS.join(", "));
     }
     refused(&world.run("ADD", &with("name", "".into())), 7, "name");
     refused(&world.run("ADD", &with("name", "a/b".into())), 7, "name");
@@ -433,7 +461,6 @@ fn wrong_input_is_refused_by_name_and_never_reaches_the_node() {
     }
     let udp = json!({"portMappings": [{"host_port": 7, "container_port": 1, "protocol": "udp"}]});
     refused(&world.run("ADD", &with("runtimeConfig", udp)), 2, "portMappings[0].protocol with value \"udp\"");
-    refused(&world.run("CHECK", &with("cniVersion", "0.3.1".into())), 7, "CHECK");
     refused(&execute(&environment("CNI_NETNS", Some("/nonexistent")), text.as_bytes()), 3, "/nonexistent");
     let arrived = world.arrived.lock().unwrap();
     assert_eq!((arrived.adds.len(), arrived.checks.len(), arrived.deletes.len()), (0, 0, 0));

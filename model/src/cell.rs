@@ -45,6 +45,8 @@ pub struct Wanted {
     pub mtu: Option<u32>,
     pub owner: Owner,
     pub ports: Vec<PortMapping>,
+    /// The network configuration's name.
+    pub network: String,
     pub profile: Arc<Known>,
 }
 
@@ -262,6 +264,7 @@ impl Cell {
             mtu,
             owner: wanted.owner,
             ports: wanted.ports,
+            network: wanted.network,
             profile: Some(profile),
             passed: Some(profile),
         });
@@ -429,6 +432,13 @@ impl Cell {
 
     pub fn believed(&self) -> &BTreeMap<Key, Belief> {
         &self.believed
+    }
+
+    /// The parts of the firewall that a container's packets meet.
+    pub fn rules_of(&self, container: &Container) -> impl Iterator<Item = &Key> {
+        let app = container.owner.app().and_then(|guid| self.units.get(&Unit::App(guid)));
+        let shared = [self.units.get(&Unit::Base), app].into_iter().flatten().flatten();
+        shared.chain(self.keys_of(container)).filter(|key| key.is_firewall())
     }
 
     /// What the kernel has to hold for a container and its profile.

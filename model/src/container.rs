@@ -130,6 +130,9 @@ pub struct Container {
     /// No two have the same port of the cell.
     #[serde(default)]
     pub ports: Vec<PortMapping>,
+    /// The network configuration's name that it was added with; empty: not known.
+    #[serde(default)]
+    pub network: String,
     /// The [`Profile`](crate::profile::Profile) that counts for it; none: nothing is known of what it may do.
     #[serde(default)]
     pub profile: Option<Digest>,

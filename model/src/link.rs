@@ -64,7 +64,8 @@ pub fn host_name(addr: OverlayAddr) -> DeviceName {
 
 /// Index of both ends in their namespaces. Chosen by us, so that a link and all that is on it goes to the
 /// kernel in one message batch, without asking for the index in between. The kernel numbers devices upwards
-/// from 1 and accepts any free index on creation; 0x4000_0000 and the address' low 24 bits collide with none.
+/// from 1 and accepts any free index on creation; 0x4000_0000 and the address' low 24 bits collide with none. It is
+/// also the number by which the cell's namespace knows the container's.
 pub fn index(addr: OverlayAddr) -> u32 {
     0x4000_0000 | (u32::from(addr.get()) & 0x00ff_ffff)
 }

@@ -176,6 +176,16 @@ impl Reason {
     pub fn class(&self) -> Class {
         self.meaning().class
     }
+
+    /// The code of a STATUS that finds this (CNI 1.1.0, "STATUS"). 50: no container can be added. 51: and those that are
+    /// there may reach less than they should, since the cell's lease is another's, or nobody follows other cells and
+    /// policies for them.
+    pub fn status_code(&self) -> u32 {
+        match (self, self.class()) {
+            (Self::DaemonAway { .. } | Self::Deadline { .. }, _) | (_, Class::Fenced) => 51,
+            _ => 50,
+        }
+    }
 }
 
 /// Fields of a reason are texts, so that they travel as such (`google.rpc.ErrorInfo`).

@@ -150,6 +150,7 @@ fn wanted_as(n: u8, kind: u8) -> Wanted {
             ..Owner::default()
         },
         ports: if kind % 2 == 1 { vec![mapping] } else { Vec::new() },
+        network: "weft".into(),
         profile: Arc::new(profile(kind / 2).into()),
     }
 }

@@ -22,12 +22,13 @@ use weft_model::cell::Wanted;
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, DeleteRequest, DeleteResponse, ExplainRequest,
-    ExplainResponse, StatusRequest, StatusResponse,
+    AddRequest, AddResponse, CheckRequest, CheckResponse, CollectRequest, CollectResponse, DeleteRequest,
+    DeleteResponse, ExplainRequest, ExplainResponse, ReadyRequest, ReadyResponse, StatusRequest,
+    StatusResponse,
 };
 use weft_proto::{convert, status::to_status};
 
-use crate::calls::Calls;
+use crate::calls::{Calls, Remembered, Valid};
 use crate::inbox::{Question, Sender};
 use crate::profiles::{Passed, Profiles};
 use admit::Peer;
@@ -200,11 +201,16 @@ impl<C: Calls> Containers for Api<C> {
 
     async fn check(&self, request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
         let namespace = self.namespace(&request).map_err(|reason| to_status(&reason))?;
-        let CheckRequest { handle, interface, address } = request.into_inner();
-        let addr = (address != 0).then(|| OverlayAddr::new(address.into()));
+        let CheckRequest { handle, interface, address, mtu, without_default_route } = request.into_inner();
         let checked = async {
-            let (handle, interface) = (convert::handle_from(handle)?, convert::interface_from(interface)?);
-            self.calls.check(handle, interface, addr, namespace).await
+            let remembered = Remembered {
+                handle: convert::handle_from(handle)?,
+                interface: convert::interface_from(interface)?,
+                addr: (address != 0).then(|| OverlayAddr::new(address.into())),
+                mtu: (mtu != 0).then_some(mtu),
+                default_route: !without_default_route,
+            };
+            self.calls.check(remembered, namespace).await
         };
         checked.await.map(|()| Response::new(CheckResponse {})).map_err(|reason| to_status(&reason))
     }
@@ -222,6 +228,18 @@ impl<C: Calls> Containers for Api<C> {
             self.calls.delete(handle, interface).await
         };
         deleted.await.map(|()| Response::new(DeleteResponse {})).map_err(|reason| to_status(&reason))
+    }
+
+    async fn collect(&self, request: Request<CollectRequest>) -> Result<Response<CollectResponse>, Status> {
+        let CollectRequest { network, valid } = request.into_inner();
+        let attachments = valid.into_iter().map(|one| (one.handle, one.interface)).collect();
+        let collected = self.calls.collect(Valid { network, attachments }).await;
+        collected.map(|()| Response::new(CollectResponse {})).map_err(|reason| to_status(&reason))
+    }
+
+    async fn ready(&self, _: Request<ReadyRequest>) -> Result<Response<ReadyResponse>, Status> {
+        let ready = self.calls.ready().await;
+        ready.map(|()| Response::new(ReadyResponse {})).map_err(|reason| to_status(&reason))
     }
 
     async fn explain(&self, request: Request<ExplainRequest>) -> Result<Response<ExplainResponse>, Status> {

@@ -20,7 +20,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, info, warn};
 use weft_model::address::{DeviceName, OverlayAddr};
-use weft_model::cell::{Cell, Dropped, Fault, Key, Outcome, Scope, Step};
+use weft_model::cell::{Cell, Fault, Key, Outcome, Scope, Step};
 use weft_model::container::Container;
 use weft_model::firewall::Guard;
 use weft_model::link::LinkSpec;
@@ -80,7 +80,7 @@ pub struct Underlay {
 /// A call that has its effect in this wave.
 enum Asked {
     Add { container: Arc<Container>, namespace: Arc<OwnedFd>, reply: Reply<LinkSpec> },
-    Delete { addr: OverlayAddr, reply: Reply<()> },
+    Delete { addrs: Vec<OverlayAddr>, reply: Reply<()> },
     LogC2c { on: bool, reply: Reply<bool> },
 }
 
@@ -136,6 +136,7 @@ impl<K: Kernel> Task<K> {
                 running.report_container(&drift);
             }
         }
+        running.sweep().await;
         running.wave(Vec::new()).await;
         Ok(Started(running))
     }
@@ -325,10 +326,22 @@ impl<K: Kernel> Running<K> {
                 }
                 Err(reason) => drop(reply.send(Err(self.explained(reason)))),
             },
-            Request::Delete { handle, reply } => match self.task.cell.drop(&handle) {
-                Dropped::Absent => drop(reply.send(Ok(()))),
-                Dropped::Leaving(addr) => asked.push(Asked::Delete { addr, reply }),
-            },
+            Request::Delete { handle, interface, reply } => {
+                // Another interface is not ours: a runtime ends in this way what it could not begin.
+                let found = self.task.cell.roster().get(&handle);
+                let handles = found.filter(|(container, _)| container.interface == interface).map(|_| handle);
+                asked.push(self.delete(handles, reply));
+            }
+            Request::Collect { valid, reply } => {
+                let stale = self.stale(&valid);
+                for handle in &stale {
+                    info!(%handle, "container deleted: its runtime knows it no more");
+                }
+                asked.push(self.delete(stale, reply));
+            }
+            Request::Ready { reply } => {
+                drop(reply.send(self.task.cell.ready().map_err(|reason| self.explained(reason))));
+            }
             Request::Check(check) => self.check(check).await,
             Request::Explain { question, reply } => drop(reply.send(self.explain(question).await)),
             Request::Status { reply } => {
@@ -418,8 +431,8 @@ impl<K: Kernel> Running<K> {
 
     fn answer(&self, asked: Asked, failed: &BTreeMap<Key, Reason>) {
         match asked {
-            Asked::Delete { addr, reply } => {
-                let failed = failed.get(&Key::Link(addr)).cloned();
+            Asked::Delete { addrs, reply } => {
+                let failed = addrs.into_iter().find_map(|addr| failed.get(&Key::Link(addr)).cloned());
                 drop(reply.send(failed.map_or(Ok(()), Err)));
             }
             Asked::LogC2c { on, reply } => {

@@ -19,7 +19,7 @@ use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 use weft_proto::node::StatusResponse;
 
-use crate::calls::Calls;
+use crate::calls::{Calls, Remembered, Valid};
 
 /// Requests that wait; a call beyond them is answered `Busy`. A cell has some 250 containers.
 const QUEUE: usize = 1024;
@@ -39,6 +39,14 @@ pub enum Request {
     Check(Check),
     Delete {
         handle: Handle,
+        interface: DeviceName,
+        reply: Reply<()>,
+    },
+    Collect {
+        valid: Valid,
+        reply: Reply<()>,
+    },
+    Ready {
         reply: Reply<()>,
     },
     Explain {
@@ -79,9 +87,7 @@ pub struct Question {
 
 #[derive(Debug)]
 pub struct Check {
-    pub handle: Handle,
-    pub interface: DeviceName,
-    pub addr: Option<OverlayAddr>,
+    pub remembered: Remembered,
     pub namespace: OwnedFd,
     pub reply: Reply<()>,
 }
@@ -146,20 +152,20 @@ impl Calls for Inbox {
         self.ask("ADD", |reply| Request::Add { wanted, namespace, reply }).await
     }
 
-    async fn check(
-        &self,
-        handle: Handle,
-        interface: DeviceName,
-        addr: Option<OverlayAddr>,
-        namespace: OwnedFd,
-    ) -> Result<(), Reason> {
-        let check = |reply| Request::Check(Check { handle, interface, addr, namespace, reply });
-        self.ask("CHECK", check).await
+    async fn check(&self, remembered: Remembered, namespace: OwnedFd) -> Result<(), Reason> {
+        self.ask("CHECK", |reply| Request::Check(Check { remembered, namespace, reply })).await
     }
 
-    /// The interface plays no part: a handle has one.
-    async fn delete(&self, handle: Handle, _: DeviceName) -> Result<(), Reason> {
-        self.ask("DEL", |reply| Request::Delete { handle, reply }).await
+    async fn delete(&self, handle: Handle, interface: DeviceName) -> Result<(), Reason> {
+        self.ask("DEL", |reply| Request::Delete { handle, interface, reply }).await
+    }
+
+    async fn collect(&self, valid: Valid) -> Result<(), Reason> {
+        self.ask("GC", |reply| Request::Collect { valid, reply }).await
+    }
+
+    async fn ready(&self) -> Result<(), Reason> {
+        self.ask("STATUS", |reply| Request::Ready { reply }).await
     }
 
     async fn explain(&self, question: Question) -> Result<Explanation, Reason> {

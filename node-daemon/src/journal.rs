@@ -147,6 +147,7 @@ mod tests {
             mtu: 1450,
             owner: Owner { app_id: "app".into(), ..Owner::default() },
             ports: Vec::new(),
+            network: "weft".into(),
             profile: None,
             passed: None,
         }))

@@ -69,6 +69,10 @@ pub trait Kernel: Send {
     /// What there is within a scope. A key that is not named is surely absent.
     fn see(&mut self, scope: Scope) -> impl Future<Output = Result<Seen, KernelError>> + Send;
 
+    /// The numbers by which the cell's network namespace knows others that exist. A container's has its link's
+    /// [`index`](weft_model::link::index), unless it had a number before.
+    fn namespaces(&mut self) -> impl Future<Output = Result<BTreeSet<u32>, KernelError>> + Send;
+
     /// The devices that have these addresses; of an address that none has, none.
     fn devices_of(
         &mut self,
@@ -196,6 +200,15 @@ impl Kernel for Netlink {
             Scope::Firewall => ("the firewall's table", self.ask(|worker| worker.rules.see()).await?),
         };
         seen.map_err(|source| KernelError::Refused { operation: "read", subject: subject.into(), source })
+    }
+
+    async fn namespaces(&mut self) -> Result<BTreeSet<u32>, KernelError> {
+        let found = self.ask(|worker| dump::namespaces(&mut worker.socket)).await?;
+        found.map_err(|source| KernelError::Refused {
+            operation: "read",
+            subject: "the numbers of network namespaces".into(),
+            source,
+        })
     }
 
     async fn devices_of(&mut self, addrs: &[Ipv4Addr]) -> Result<BTreeSet<DeviceName>, KernelError> {

@@ -29,7 +29,7 @@ use weft_model::link::LinkSpec;
 use weft_model::profile::{Settings, Workload};
 use weft_model::reason::Reason;
 use weft_node::api::{ApiError, Socket};
-use weft_node::calls::Calls;
+use weft_node::calls::{Calls, Remembered, Valid};
 use weft_node::inbox::Question;
 use weft_proto::node::containers_client::ContainersClient;
 use weft_proto::node::{AddRequest, DeleteRequest, Owner, PortMapping, StatusRequest, StatusResponse};
@@ -47,15 +47,18 @@ impl Calls for Counted {
         Ok(LinkSpec { addr, handle: wanted.handle, interface: wanted.interface, mtu: 1450 })
     }
 
-    async fn check(
-        &self,
-        _: Handle,
-        _: DeviceName,
-        _: Option<OverlayAddr>,
-        _: OwnedFd,
-    ) -> Result<(), Reason> {
+    async fn check(&self, _: Remembered, _: OwnedFd) -> Result<(), Reason> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    async fn collect(&self, _: Valid) -> Result<(), Reason> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn ready(&self) -> Result<(), Reason> {
+        Err(Reason::Starting)
     }
 
     async fn delete(&self, _: Handle, _: DeviceName) -> Result<(), Reason> {

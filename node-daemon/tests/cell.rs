@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
+#[path = "cell/calls.rs"]
+mod calls;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::net::Ipv4Addr;
@@ -29,6 +32,7 @@ use weft_node::calls::Calls;
 use weft_node::cell::{Task, Underlay};
 use weft_node::inbox::{Inbox, inbox};
 use weft_node::journal::Journal;
+use weft_node::kernel::events::Event;
 use weft_node::kernel::{Kernel, KernelError, Namespaces, Netlink};
 use weft_node::metrics::Metrics;
 use weft_node::overlay::Overlay;
@@ -79,6 +83,10 @@ impl Kernel for Failing {
         self.kernel.see(scope).await
     }
 
+    async fn namespaces(&mut self) -> Result<BTreeSet<u32>, KernelError> {
+        self.kernel.namespaces().await
+    }
+
     async fn devices_of(&mut self, addrs: &[Ipv4Addr]) -> Result<BTreeSet<DeviceName>, KernelError> {
         self.kernel.devices_of(addrs).await
     }
@@ -101,6 +109,7 @@ struct World {
     overlay: watch::Sender<Overlay>,
     guard: watch::Sender<Guard>,
     touched: mpsc::UnboundedSender<()>,
+    events: mpsc::UnboundedSender<Event>,
     changes: Arc<AtomicUsize>,
     fails: Arc<AtomicUsize>,
     refuses: Arc<AtomicUsize>,
@@ -164,8 +173,12 @@ impl World {
         let touches = futures::stream::unfold(touches, async |mut touches| {
             touches.recv().await.map(|()| ((), touches))
         });
-        tokio::spawn(started.run(futures::stream::pending(), touches));
-        Self { inbox, overlay, guard, touched, changes, fails, refuses, directory }
+        let (events, happened) = mpsc::unbounded_channel();
+        let happened = futures::stream::unfold(happened, async |mut happened| {
+            happened.recv().await.map(|event| (event, happened))
+        });
+        tokio::spawn(started.run(happened, touches));
+        Self { inbox, overlay, guard, touched, events, changes, fails, refuses, directory }
     }
 
     async fn add(&self, n: u8, namespace: OwnedFd) -> Result<std::net::Ipv4Addr, Reason> {

@@ -158,6 +158,7 @@ pub struct Asked {
     pub settings: Settings,
     /// As [`garden`](weft_model::asg::garden) reads them.
     pub net_out_rules: Vec<u8>,
+    pub network: String,
 }
 
 pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
@@ -177,13 +178,14 @@ pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
         ports: ports_from(request.ports)?,
         settings: request.settings.map_or_else(|| Ok(Settings::default()), settings_from)?,
         net_out_rules: request.net_out_rules,
+        network: request.network,
     })
 }
 
 /// `profile` is what its workload, settings and rules come to.
 pub fn wanted(asked: Asked, profile: Arc<Known>) -> cell::Wanted {
-    let Asked { handle, interface, mtu, owner, ports, .. } = asked;
-    cell::Wanted { handle, interface, mtu, owner, ports, profile }
+    let Asked { handle, interface, mtu, owner, ports, network, .. } = asked;
+    cell::Wanted { handle, interface, mtu, owner, ports, network, profile }
 }
 
 fn ports_from(ports: Vec<node::PortMapping>) -> Result<Vec<container::PortMapping>, Reason> {

@@ -1,15 +1,16 @@
 //! Containers, brought into the network as Garden's CNI client (garden-external-networker) does it: the
 //! namespace bound to a file within the cell, every plugin of the conflist with the same standard input and
-//! environment, results cached for the deletion, which carries nothing of the container but its name.
+//! environment, results cached for the deletion, which carries nothing of the container but its name. Calls, their order
+//! and what they carry are libcni's.
 
 use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Map, Value, json};
 
 use crate::lab::Cell;
@@ -20,6 +21,8 @@ use crate::process::{self, Daemon};
 pub const INTERFACE: &str = "eth0";
 /// Where a container's echo server listens.
 pub const ECHO_PORT: u16 = 8080;
+/// Where the distribution has other plugins.
+const OTHER_PLUGINS: &str = "/usr/lib/cni";
 
 /// A container that is in the network.
 #[derive(Debug, Clone)]
@@ -93,12 +96,14 @@ impl Cell {
         let mut result = None;
         for plugin in &list.plugins {
             let config = list.config(plugin, request.injected(), result.take());
-            let output = self.cni("ADD", handle, &config)?;
+            let output = self.call(&self.environment("ADD", handle), &config)?;
             result = Some(answer("ADD", &output)?);
         }
         let result = result.context("the conflist names no plugin")?;
-        let cached =
-            json!({"kind": "cniCacheV1", "containerId": handle, "ifName": INTERFACE, "result": result});
+        let cached = json!({
+            "kind": "cniCacheV1", "containerId": handle, "ifName": INTERFACE, "networkName": list.network,
+            "result": result,
+        });
         fs::write(self.cache(&list.network, handle), cached.to_string()).context("cache the result")?;
         Ok(Container {
             cell: self.name.clone(),
@@ -113,28 +118,73 @@ impl Cell {
     /// A container that is not there is no error.
     pub fn del(&self, handle: &str) -> Result<()> {
         process::end_all_in(&self.container_place(handle).ids(), Duration::ZERO)?;
-        let list = self.read_conflist()?;
+        self.detach(&self.read_conflist()?, handle)?;
+        let file = self.namespace_file(handle);
+        self.place.enter(|| netns::remove_container(&file))?
+    }
+
+    /// Calls the plugins in reverse, with the last result of the ADD where the version has that.
+    fn detach(&self, list: &Conflist, handle: &str) -> Result<()> {
         let cache = self.cache(&list.network, handle);
         let cached: Option<Value> = fs::read(&cache).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let cached = cached.filter(|_| list.has_since("0.4.0"));
         let previous = cached.and_then(|mut cached| cached.get_mut("result").map(Value::take));
         for plugin in list.plugins.iter().rev() {
             let config = list.config(plugin, Map::new(), previous.clone());
-            let output = self.cni("DEL", handle, &config)?;
+            let output = self.call(&self.environment("DEL", handle), &config)?;
             ensure!(output.status.success(), "DEL of {handle}: {}", said(&output));
         }
         drop(fs::remove_file(cache));
-        let file = self.namespace_file(handle);
-        self.place.enter(|| netns::remove_container(&file))?
+        Ok(())
     }
 
     /// Asks whether a container is still as it was made.
     pub fn check(&self, container: &Container) -> Result<()> {
         let list = self.read_conflist()?;
+        ensure!(list.has_since("0.4.0"), "no CHECK in this version");
         for plugin in &list.plugins {
             let previous = Some(container.result.clone());
             let config = list.config(plugin, Map::new(), previous);
-            let output = self.cni("CHECK", &container.handle, &config)?;
+            let output = self.call(&self.environment("CHECK", &container.handle), &config)?;
             ensure!(output.status.success(), "CHECK of {}: {}", container.handle, said(&output));
+        }
+        Ok(())
+    }
+
+    /// A runtime's clean-up: deletes what it remembers and is not valid, then tells every plugin what is. Goes on
+    /// after errors.
+    pub fn collect(&self, valid: &[&str]) -> Result<()> {
+        let list = self.read_conflist()?;
+        let mut errors = Vec::new();
+        for entry in fs::read_dir(self.directory.join("cni/results")).context("read the cache")? {
+            let cached: Value =
+                serde_json::from_slice(&fs::read(entry?.path())?).context("read the cache")?;
+            let handle = cached["containerId"].as_str().unwrap_or_default();
+            if cached["networkName"] == list.network.as_str() && !valid.contains(&handle) {
+                errors.extend(self.detach(&list, handle).err());
+            }
+        }
+        let attachments: Value =
+            valid.iter().map(|handle| json!({"containerID": handle, "ifname": INTERFACE})).collect();
+        let more =
+            ["cni.dev/valid-attachments", "cni.dev/attachments"].map(|key| (key.into(), attachments.clone()));
+        for plugin in list.plugins.iter().filter(|_| list.has_since("1.1.0")) {
+            let config = list.config(plugin, more.clone().into_iter().collect(), None);
+            let output = self.call(&self.bare_environment("GC"), &config)?;
+            if !output.status.success() {
+                errors.push(anyhow!("GC: {}", said(&output)));
+            }
+        }
+        errors.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// Asks whether the network takes containers.
+    pub fn takes_containers(&self) -> Result<()> {
+        let list = self.read_conflist()?;
+        for plugin in list.plugins.iter().filter(|_| list.has_since("1.1.0")) {
+            let config = list.config(plugin, Map::new(), None);
+            let output = self.call(&self.bare_environment("STATUS"), &config)?;
+            ensure!(output.status.success(), "STATUS: {}", said(&output));
         }
         Ok(())
     }
@@ -147,7 +197,19 @@ impl Cell {
 
     /// One call of weft-cni within the cell, with any environment and any input.
     pub fn cni_raw(&self, environment: &[(&str, String)], input: &[u8]) -> Result<Output> {
-        let mut command = Command::new(self.plugin_dir().join("weft-cni"));
+        self.execute(&self.plugin_dir().join("weft-cni"), environment, input)
+    }
+
+    /// One call of the plugin that a configuration is for.
+    fn call(&self, environment: &[(&str, String)], config: &Value) -> Result<Output> {
+        let kind = config["type"].as_str().context("a plugin without a type")?;
+        let places = [self.plugin_dir(), OTHER_PLUGINS.into()].map(|place| place.join(kind));
+        let program = places.iter().find(|program| program.exists()).with_context(|| format!("no {kind}"))?;
+        self.execute(program, environment, config.to_string().as_bytes())
+    }
+
+    fn execute(&self, program: &Path, environment: &[(&str, String)], input: &[u8]) -> Result<Output> {
+        let mut command = Command::new(program);
         command.env_clear().envs(environment.iter().map(|(key, value)| (key, value)));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let output = self.place.enter(|| {
@@ -156,7 +218,7 @@ impl Cell {
             drop(child.stdin.take().map(|mut stdin| stdin.write_all(input)));
             child.wait_with_output()
         })?;
-        output.context("execute weft-cni")
+        output.with_context(|| format!("execute {}", program.display()))
     }
 
     /// The environment that Garden's client gives a plugin.
@@ -168,8 +230,19 @@ impl Cell {
             ("CNI_NETNS", path(self.namespace_file(handle))),
             ("CNI_ARGS", String::new()),
             ("CNI_IFNAME", INTERFACE.to_owned()),
-            ("CNI_PATH", path(self.plugin_dir())),
+            ("CNI_PATH", format!("{}:{OTHER_PLUGINS}", path(self.plugin_dir()))),
         ]
+    }
+
+    /// For calls that are about no container: all that is about one is empty.
+    fn bare_environment(&self, verb: &str) -> Vec<(&'static str, String)> {
+        let mut environment = self.environment(verb, "");
+        for (name, value) in &mut environment {
+            if matches!(*name, "CNI_CONTAINERID" | "CNI_NETNS" | "CNI_IFNAME") {
+                value.clear();
+            }
+        }
+        environment
     }
 
     /// A container's standard input for an ADD by the first plugin: for those who call it themselves.
@@ -224,11 +297,20 @@ impl Cell {
     /// Writes the conflist, with keys that replace or complete the plugin's own: containers that are added from now
     /// on come with them.
     pub fn configure_plugin(&self, keys: &Map<String, Value>) -> Result<()> {
-        let mut plugin = Map::new();
-        plugin.insert("type".to_owned(), "weft-cni".into());
-        plugin.insert("socket".to_owned(), json!(self.socket));
+        let mut plugin = self.plugin();
         plugin.extend(keys.clone());
-        let conflist = json!({"cniVersion": "1.0.0", "name": "weft", "plugins": [plugin]});
+        self.configure_list("1.0.0", "weft", &[plugin.into()])
+    }
+
+    /// What a conflist has to say of the plugin.
+    pub fn plugin(&self) -> Map<String, Value> {
+        let keys = [("type".to_owned(), json!("weft-cni")), ("socket".to_owned(), json!(self.socket))];
+        keys.into_iter().collect()
+    }
+
+    /// Writes the conflist with these plugins.
+    pub fn configure_list(&self, version: &str, network: &str, plugins: &[Value]) -> Result<()> {
+        let conflist = json!({"cniVersion": version, "name": network, "plugins": plugins});
         fs::write(self.conflist(), format!("{conflist:#}\n")).context("write the conflist")
     }
 
@@ -276,6 +358,11 @@ fn answer(verb: &str, output: &Output) -> Result<Value> {
 }
 
 impl Conflist {
+    /// Whether its version is this one or a later one; each part of a version is one digit.
+    fn has_since(&self, version: &str) -> bool {
+        self.version.as_str().is_some_and(|own| own >= version)
+    }
+
     fn config(
         &self,
         plugin: &Map<String, Value>,
@@ -292,9 +379,10 @@ impl Conflist {
 }
 
 fn first_ipv4(result: &Value) -> Result<Ipv4Addr> {
-    let addresses = result["ips"].as_array().into_iter().flatten();
-    addresses
-        .filter_map(|entry| entry["address"].as_str()?.split('/').next()?.parse().ok())
+    let ips = result["ips"].as_array().into_iter().flatten().map(|entry| &entry["address"]);
+    // In the first versions there was one.
+    ips.chain([&result["ip4"]["ip"]])
+        .filter_map(|address| address.as_str()?.split('/').next()?.parse().ok())
         .next()
         .with_context(|| format!("expected an IPv4 address in the CNI result, got {result}"))
 }

@@ -14,7 +14,7 @@ pub(super) struct Fields<'a> {
     fields: BTreeMap<String, &'a RawValue>,
 }
 
-pub(super) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Reason {
+pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Reason {
     Reason::InvalidField { field: field.into(), why: why.into() }
 }
 
@@ -37,6 +37,11 @@ impl<'a> Fields<'a> {
     /// A field's name as it is told to people.
     pub(super) fn name(&self, field: &str) -> String {
         format!("{}{field}", self.of)
+    }
+
+    /// Whether there is such a field, be it null.
+    pub(super) fn has(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
     }
 
     pub(super) fn raw(&self, field: &str) -> Option<&'a RawValue> {

@@ -24,10 +24,9 @@ fn what_garden_external_networker_passes_is_understood() {
         "metadata":{"app_id":"a","space_id":"s","org_id":"o","container_workload":"app","ports":"8080","x":1},
         "runtimeConfig":{"portMappings":[{"host_port":61000,"container_port":8080}],
             "netOutRules":[ {"networks" : 1} ],"other":1e999},
-        "prevResult":{"ips":[{"address":"10.255.1.2/32"}]},"anything":[1]}"#;
+        "anything":[1]}"#;
     let conf = NetConf::parse(text).expect("valid");
     assert_eq!(conf.socket.to_str(), Some("/s"));
-    assert_eq!(conf.address, Some(Ipv4Addr::new(10, 255, 1, 2)));
     let addition = Addition::parse(text).expect("valid");
     assert_eq!((addition.mtu, addition.owner.app_id.as_str()), (1400, "a"));
     let ports = addition.ports.iter().map(|mapping| (mapping.host.get(), mapping.container.get()));
@@ -124,7 +123,7 @@ fn a_wrong_field_is_named() {
         (r#"{"name":"-x"}"#, "name", "letter"),
         (r#"{"name":7}"#, "name", "`7`"),
         (r#"{"name":"n","socket":1}"#, "socket", "`1`"),
-        (r#"{"name":"n","prevResult":"x"}"#, "prevResult", "object"),
+        (r#"{"name":"n","cniVersion":"1.0.0","prevResult":"x"}"#, "prevResult", "object"),
     ] {
         let (named, said) = refused(conf);
         assert!(named == field && said.contains(why), "{conf}: {named}: {said}");
@@ -233,15 +232,19 @@ proptest::proptest! {
     fn any_input_becomes_a_configuration_or_a_reason(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..300)) {
         let _: Result<_, Reason> = version_of(&bytes).and_then(|_| NetConf::parse(&bytes));
         let _: Result<_, Reason> = Addition::parse(&bytes);
+        let _: Result<_, Reason> = valid_attachments(&bytes);
     }
 
     #[test]
     fn any_json_becomes_a_configuration_or_a_reason(
-        key in "cniVersion|name|mtu|socket|metadata|prevResult|dns_servers|deny_networks|outbound_connections|runtimeConfig",
+        key in "cniVersion|name|mtu|socket|metadata|prevResult|dns_servers|deny_networks|outbound_connections|runtimeConfig|cni.dev/valid-attachments",
         value in "[0-9a-z\\[\\]{}\",:.-]{0,30}",
     ) {
         let conf = format!(r#"{{"name":"n","{key}":{value}}}"#);
         let _: Result<_, Reason> = version_of(conf.as_bytes()).and_then(|_| NetConf::parse(conf.as_bytes()));
         let _: Result<_, Reason> = Addition::parse(conf.as_bytes());
+        let _: Result<_, Reason> = valid_attachments(conf.as_bytes());
+        let eth0 = "eth0".parse().expect("name");
+        let _: Result<_, Reason> = previous(conf.as_bytes()).and_then(|previous| previous.ours(&eth0));
     }
 }

@@ -83,6 +83,7 @@ impl Cell {
                     mtu: link.mtu,
                     owner: Owner::default(),
                     ports: Vec::new(),
+                    network: String::new(),
                     profile: None,
                     passed: None,
                 };

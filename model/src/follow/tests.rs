@@ -112,7 +112,7 @@ fn the_same_answer_about_others_is_written_down() {
     script.on(Event::Wanted(ids(&["a"])));
     script.answered(Outcome::New(Some(Stamp(1))));
     script.on(Event::Applied(Subject::Policies, 1));
-    assert_eq!(script.on(Event::Wanted(ids(&["a", "b"]))), [ask(&["a", "b"], None)]);
+    assert_eq!(script.on(Event::Wanted(ids(&["a", "b"]))), [ask_at_once(&["a", "b"], 1)]);
     assert_eq!(script.answered(Outcome::Same(Some(Stamp(1)))), [confirm(&["a", "b"]), SAVE]);
 }
 
@@ -198,7 +198,7 @@ fn the_routers_tag_is_asked_for_at_once_and_then_in_its_own_time() {
     let answered = script.on(Event::Answered(Subject::Router, Outcome::New(None)));
     assert_eq!(answered[..1], [Act::Publish { subject: Subject::Router, number: 1, ids: ids(&[]) }]);
     script.answered(Outcome::New(Some(Stamp(1))));
-    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask(&["a"], None)]);
+    assert_eq!(script.on(Event::Wanted(ids(&["a"]))), [ask_at_once(&["a"], 1)]);
     script.now = Duration::from_secs(45);
     assert_eq!(script.on(Event::Due), [tag(&["a"])]);
 }

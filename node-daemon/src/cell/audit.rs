@@ -1,8 +1,11 @@
 //! Looking at the kernel: what differs from what was believed is logged once, and repaired by the next step.
 
+use std::sync::Arc;
+
 use tokio::time::Instant;
 use tracing::{error, info, warn};
-use weft_model::cell::{Belief, Drift, Scope};
+use weft_model::cell::{Belief, Drift, Presence, Scope};
+use weft_model::link;
 
 use super::{AUDIT, Running, chain};
 use crate::kernel::Kernel;
@@ -30,6 +33,29 @@ impl<K: Kernel> Running<K> {
             }
         }
         self.look(Scope::Links).await;
+        self.sweep().await;
+    }
+
+    /// What a DEL would do, for containers whose namespace has ended: a DEL may never come. A container that lost its
+    /// link only is left to it.
+    pub(super) async fn sweep(&mut self) {
+        let containers = self.task.cell.roster().iter();
+        let lost = containers.filter(|(_, presence)| *presence == Presence::Lost);
+        let lost: Vec<_> = lost.map(|(container, _)| Arc::clone(container)).collect();
+        if lost.is_empty() {
+            return;
+        }
+        match self.task.kernel.namespaces().await {
+            Ok(living) => {
+                for container in
+                    lost.iter().filter(|container| !living.contains(&link::index(container.addr)))
+                {
+                    info!(handle = %container.handle, "container deleted: its namespace has ended");
+                    self.task.cell.drop(&container.handle);
+                }
+            }
+            Err(error) => error!(error = %chain(&error), "namespaces not read; no container is deleted"),
+        }
     }
 
     /// Compares what there is with what was believed. The next step repairs it.

@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use tokio::task::spawn_blocking;
 use tracing::{Level, error, info, warn};
-use weft_model::address::{DeviceName, OverlayAddr};
-use weft_model::cell::{Belief, Key, Object, OverlayIngress, Presence, Scope};
+use weft_model::address::DeviceName;
+use weft_model::cell::{Belief, Dropped, Key, Object, OverlayIngress, Presence, Scope};
 use weft_model::container::{Container, Handle};
 use weft_model::firewall::explain::{Explanation, Route, explain};
 use weft_model::firewall::{Content, Part, Size, program};
 use weft_model::link::LinkSpec;
 use weft_model::reason::{self, Reason};
 
-use super::Running;
+use super::{Asked, Running};
+use crate::calls::{Remembered, Valid};
 use crate::inbox::{Check, Inbox, Question, Reply, Request, Sender};
 use crate::kernel::{Kernel, carrier, inside};
 use crate::metrics::Metrics;
@@ -58,27 +59,46 @@ impl<K: Kernel> Running<K> {
         Size::of(self.held().map(|(_, content)| content))
     }
 
+    /// Deletes in this wave what is still there of these containers.
+    pub(super) fn delete(&mut self, handles: impl IntoIterator<Item = Handle>, reply: Reply<()>) -> Asked {
+        let dropped = handles.into_iter().map(|handle| self.task.cell.drop(&handle));
+        let leaving = dropped.filter_map(|dropped| match dropped {
+            Dropped::Absent => None,
+            Dropped::Leaving(addr) => Some(addr),
+        });
+        Asked::Delete { addrs: leaving.collect(), reply }
+    }
+
+    /// The containers of a network that its runtime does not know.
+    pub(super) fn stale(&self, valid: &Valid) -> Vec<Handle> {
+        let containers = self.task.cell.roster().iter().map(|(container, _)| container);
+        let stale = containers.filter(|container| {
+            let attachment = (container.handle.to_string(), container.interface.to_string());
+            container.network == valid.network && !valid.attachments.contains(&attachment)
+        });
+        stale.map(|container| container.handle.clone()).collect()
+    }
+
     pub(super) async fn check(&mut self, check: Check) {
-        let Check { handle, interface, addr, namespace, reply } = check;
-        match self.check_cells_end(&handle, &interface, addr).await {
+        let Check { remembered, namespace, reply } = check;
+        match self.check_cells_end(&remembered).await {
             Err(reason) => drop(reply.send(Err(reason))),
             Ok(spec) => {
-                spawn_blocking(move || drop(reply.send(inside::check(namespace.as_fd(), &spec))));
+                spawn_blocking(move || {
+                    drop(reply.send(inside::check(namespace.as_fd(), &spec, &remembered)));
+                });
             }
         }
     }
 
-    async fn check_cells_end(
-        &mut self,
-        handle: &Handle,
-        interface: &DeviceName,
-        addr: Option<OverlayAddr>,
-    ) -> Result<LinkSpec, Reason> {
+    async fn check_cells_end(&mut self, remembered: &Remembered) -> Result<LinkSpec, Reason> {
+        let Remembered { handle, interface, addr, .. } = remembered;
         let Some((container, presence)) = self.task.cell.roster().get(handle) else {
             return Err(Reason::UnknownContainer { handle: handle.to_string() });
         };
+        let container = Arc::clone(container);
         let damaged = |what: &str| Reason::Damaged { handle: handle.to_string(), what: what.into() };
-        let spec = LinkSpec::of(container);
+        let spec = LinkSpec::of(&container);
         match presence {
             Presence::Present => {}
             Presence::Lost => return Err(damaged("its link is gone")),
@@ -92,9 +112,23 @@ impl<K: Kernel> Running<K> {
         }
         let seen = self.task.kernel.see(Scope::Links).await.map_err(|error| error.reason())?;
         match seen.get(&Key::Link(spec.addr)) {
-            Some(Belief::Holds(Object::Link(link))) if *link == spec => Ok(spec),
-            Some(_) => Err(damaged("the cell's end of its link is not whole")),
-            None => Err(damaged("its link is gone")),
+            Some(Belief::Holds(Object::Link(link))) if *link == spec => {}
+            Some(_) => return Err(damaged("the cell's end of its link is not whole")),
+            None => return Err(damaged("its link is gone")),
+        }
+        let route = self.task.kernel.route(spec.addr.get()).await.map_err(|error| error.reason())?;
+        if route != Route::Device(spec.host_name()) {
+            return Err(damaged("the cell's route to it is gone"));
+        }
+        let seen = self.task.kernel.see(Scope::Firewall).await.map_err(|error| error.reason())?;
+        let whole = |key: &Key| match (seen.get(key), self.task.cell.wanted().get(key)) {
+            (Some(Belief::Holds(is)), Some(will)) => is == will,
+            (is, will) => is.is_none() && will.is_none(),
+        };
+        let mut rules = self.task.cell.rules_of(&container);
+        match rules.find(|key| !whole(key)) {
+            Some(key) => Err(damaged(&format!("its rules are not whole: {key}"))),
+            None => Ok(spec),
         }
     }
 }
@@ -118,26 +152,27 @@ pub(super) async fn lay_inside(
     let laid = spawn_blocking(lay).await;
     metrics.inside(began.elapsed());
     let laid = laid.unwrap_or_else(|panic| Err(Reason::Bug { invariant: panic.to_string() }));
-    let (handle, answer) = (spec.handle.clone(), laid.map(|()| spec));
+    let (handle, interface) = (spec.handle.clone(), spec.interface.clone());
+    let answer = laid.map(|()| spec);
     match answer {
         Ok(spec) => {
             info!(%handle, addr = %spec.addr, "container added");
             if reply.send(Ok(spec)).is_err() {
                 warn!(%handle, "caller of ADD has gone; container deleted");
-                undo(&inbox, handle).await;
+                undo(&inbox, handle, interface).await;
             }
         }
         Err(why) => {
             log(&why, &handle);
-            undo(&inbox, handle).await;
+            undo(&inbox, handle, interface).await;
             drop(reply.send(Err(why)));
         }
     }
 }
 
-async fn undo(inbox: &Inbox, handle: Handle) {
+async fn undo(inbox: &Inbox, handle: Handle, interface: DeviceName) {
     let (reply, answer) = tokio::sync::oneshot::channel();
-    inbox.tell(Request::Delete { handle, reply }).await;
+    inbox.tell(Request::Delete { handle, interface, reply }).await;
     // What could not be removed is tried again by the cell's task, and logged there.
     drop(answer.await);
 }

@@ -46,6 +46,7 @@ fn directory() -> Arc<Directory> {
         mtu: 1450,
         owner: Owner::default(),
         ports: Vec::new(),
+        network: String::new(),
         profile: None,
         passed: None,
     };

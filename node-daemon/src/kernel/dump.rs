@@ -1,6 +1,6 @@
 //! The kernel's tables as they are read: links, addresses, neighbours, routes, forwarding entries. No judgement.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -15,6 +15,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use weft_model::address::{HardwareAddr, OverlayAddr, UnderlayAddr};
 use weft_model::link;
@@ -127,6 +128,19 @@ pub(super) fn traffic(socket: &mut RouteSocket) -> io::Result<Vec<Traffic>> {
     };
     let all = socket.dump(|| Rtnl::GetLink(LinkMessage::default()))?;
     Ok(all.into_iter().filter_map(traffic).collect())
+}
+
+/// Numbers that the socket's namespace has given to others.
+pub(super) fn namespaces(socket: &mut RouteSocket) -> io::Result<BTreeSet<u32>> {
+    let numbered = socket.dump(|| Rtnl::GetNsId(NsidMessage::default()))?;
+    let numbers = numbered.into_iter().filter_map(|message| match message {
+        Rtnl::NewNsId(message) => message.attributes.into_iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(number) => u32::try_from(number).ok(),
+            _ => None,
+        }),
+        _ => None,
+    });
+    Ok(numbers.collect())
 }
 
 pub(super) fn device(message: Rtnl) -> Option<Device> {

@@ -14,6 +14,7 @@ use super::dump::{RouteSocket, routes};
 use super::see::Tables;
 use super::socket::NetlinkSocket;
 use super::{message, sysctl};
+use crate::calls::Remembered;
 
 /// Raises the inner end and gives it address, neighbour, default route; raises the loopback device.
 pub fn lay(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
@@ -34,8 +35,8 @@ pub fn lay(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
     })
 }
 
-/// Whether the inner end is as [`lay`] leaves it.
-pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
+/// Whether the inner end is as [`lay`] left it, or as plugins behind this one have.
+pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec, remembered: &Remembered) -> Result<(), Reason> {
     enter(namespace, spec, || {
         let mut socket = open(spec)?;
         let tables = Tables::read(&mut socket).map_err(|e| failed("read", spec, &io::Error::other(e)))?;
@@ -47,7 +48,7 @@ pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
         if link.name != spec.interface.as_str() || link.mac != Some(spec.container_mac()) {
             return damaged("has another name or MAC address");
         }
-        if link.mtu != spec.mtu {
+        if link.mtu != remembered.mtu.unwrap_or(spec.mtu) {
             return damaged("has another MTU");
         }
         if !link.is_up_without_arp() || !link.rp_filter {
@@ -60,7 +61,7 @@ pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
             return damaged("has lost its gateway's neighbour entry");
         }
         let routes = routes(&mut socket, spec.index()).map_err(|e| failed("read", spec, &e))?;
-        if !routes.iter().any(|route| route.is_default_by(GATEWAY)) {
+        if remembered.default_route && !routes.iter().any(|route| route.is_default_by(GATEWAY)) {
             return damaged("has lost its default route");
         }
         Ok(())

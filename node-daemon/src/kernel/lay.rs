@@ -90,7 +90,9 @@ impl Work<'_> {
             if let Some(namespace) = self.namespaces.get(&spec.addr)
                 && !self.outcome.failed.contains_key(key)
             {
-                creations.push(((key, spec), message::veth(spec, namespace.as_raw_fd())));
+                let namespace = namespace.as_raw_fd();
+                creations.push(((key, spec), message::number_namespace(spec, namespace)));
+                creations.push(((key, spec), message::veth(spec, namespace)));
             }
         }
         for ((key, spec), request, refusal) in self.refused(creations) {

@@ -16,10 +16,11 @@ use netlink_packet_route::link::{
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use nix::libc::{EADDRNOTAVAIL, EAFNOSUPPORT, ENODEV, ENOENT, ESRCH};
+use nix::libc::{EADDRNOTAVAIL, EAFNOSUPPORT, EEXIST, ENODEV, ENOENT, ESRCH};
 use rtnetlink::{LinkVxlan, RouteMessageBuilder};
 use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
 use weft_model::cell::{PeerSpec, VtepSpec};
@@ -56,6 +57,15 @@ fn deletion(operation: &'static str, message: Rtnl) -> Request {
 }
 
 // === links ===
+
+/// Numbers a container's namespace, so that it is seen when it ends without its link being there to tell. One that has a
+/// number keeps it, and so does another that has this one.
+pub(super) fn number_namespace(spec: &LinkSpec, namespace: RawFd) -> Request {
+    let mut message = NsidMessage::default();
+    message.attributes =
+        vec![NsidAttribute::Fd(namespace.unsigned_abs()), NsidAttribute::Id(spec.index().cast_signed())];
+    Request { tolerates: &[EEXIST], ..request("number the namespace of", Rtnl::NewNsId(message), 0) }
+}
 
 /// The veth pair, its inner end in the container's namespace. The inner end must be born down: a veth whose peer is
 /// up before it is there itself is refused (ENOTCONN).

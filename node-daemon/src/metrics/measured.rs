@@ -243,6 +243,7 @@ mod tests {
             interface: "eth0".parse().expect("name"),
             mtu: 1450,
             owner,
+            network: String::new(),
             ports: Vec::new(),
             profile: None,
             passed: None,

@@ -171,6 +171,7 @@ impl Site {
             mtu: None,
             owner,
             ports: ports.iter().map(|(h, c)| PortMapping { host: port(*h), container: port(*c) }).collect(),
+            network: "weft".into(),
             profile: Arc::new(profile.into()),
         };
         let space = Space::bare();

@@ -9,17 +9,30 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use weft_model::cell::{Belief, Key, Object};
+use weft_model::link::{LinkSpec, index};
 use weft_model::reason::Reason;
+use weft_node::calls::Remembered;
 use weft_node::kernel::{Kernel, Namespaces, carrier, inside};
 
 use crate::world::{Cell, Space, at, held, key, lay, link, remove};
+
+/// What a caller remembers of a container that nobody else has changed.
+fn as_laid(spec: &LinkSpec) -> Remembered {
+    Remembered {
+        handle: spec.handle.clone(),
+        interface: spec.interface.clone(),
+        addr: Some(spec.addr),
+        mtu: None,
+        default_route: true,
+    }
+}
 
 #[tokio::test]
 async fn both_ends_are_as_silk_lays_them() {
     let mut cell = Cell::new().await;
     let (container, spec) = cell.container("10.255.66.2").await;
     assert_eq!(cell.see().await, held([Object::Link(spec.clone())]));
-    inside::check(container.0.as_fd(), &spec).expect("whole");
+    inside::check(container.0.as_fd(), &spec, &as_laid(&spec)).expect("whole");
 
     let host = cell.space.run("ip -d link show s-010255066002");
     for part in [
@@ -106,12 +119,40 @@ async fn damage_inside_is_named() {
     {
         let (container, spec) = cell.container(&format!("10.255.66.{}", n + 2)).await;
         container.run(command);
-        let why = inside::check(container.0.as_fd(), &spec).expect_err(command);
+        let why = inside::check(container.0.as_fd(), &spec, &as_laid(&spec)).expect_err(command);
         assert!(
             matches!(&why, Reason::Damaged { what: said, .. } if said.contains(what)),
             "{command}: {why}"
         );
     }
+}
+
+#[tokio::test]
+async fn what_a_later_plugin_changed_is_no_damage() {
+    let mut cell = Cell::new().await;
+    let (container, spec) = cell.container("10.255.66.2").await;
+    container.run("ip link set eth0 mtu 1000");
+    container.run("ip route del default");
+    let remembered = Remembered { mtu: Some(1000), default_route: false, ..as_laid(&spec) };
+    inside::check(container.0.as_fd(), &spec, &remembered).expect("as it was left");
+}
+
+/// A container's namespace is known to exist by its number, whether its link does or not.
+#[tokio::test]
+async fn a_namespace_that_ended_is_told_from_a_link_that_is_gone() {
+    let mut cell = Cell::new().await;
+    let (container, spec) = cell.container("10.255.66.2").await;
+    let (_kept, other) = cell.container("10.255.66.3").await;
+    container.run("ip link del eth0");
+    let numbers = cell.kernel.namespaces().await.expect("read");
+    assert!(numbers.contains(&index(spec.addr)) && numbers.contains(&index(other.addr)), "{numbers:x?}");
+    drop(container);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while cell.kernel.namespaces().await.expect("read").contains(&index(spec.addr)) {
+        assert!(Instant::now() < deadline, "the namespace has not ended");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(cell.kernel.namespaces().await.expect("read").contains(&index(other.addr)));
 }
 
 #[tokio::test]
@@ -142,7 +183,7 @@ async fn what_is_left_of_a_former_link_makes_way() {
     cell.apply(&step, &at(&other, &space)).await;
     inside::lay(space.0.as_fd(), &other).expect("laid");
     assert_eq!(cell.see().await, held([Object::Link(other)]));
-    let why = inside::check(former.0.as_fd(), &spec).expect_err("the former one is gone");
+    let why = inside::check(former.0.as_fd(), &spec, &as_laid(&spec)).expect_err("the former one is gone");
     assert!(matches!(why, Reason::Damaged { .. }), "{why}");
 }
 

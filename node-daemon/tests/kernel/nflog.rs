@@ -220,6 +220,7 @@ async fn lines_and_suppressed_counts_reach_the_file() {
         mtu: spec.mtu,
         owner: Owner { app_id: "app-1".into(), ..Owner::default() },
         ports: Vec::new(),
+        network: String::new(),
         profile: None,
         passed: None,
     };

@@ -159,6 +159,7 @@ pub(crate) fn wanted(name: &str, interface: &str, profile: Arc<Known>) -> Result
         mtu: None,
         owner: Owner::default(),
         ports: Vec::new(),
+        network: "weft".into(),
         profile,
     })
 }

@@ -35,6 +35,7 @@ fn who(handle: &str) -> Container {
         mtu: 1450,
         owner,
         ports: Vec::new(),
+        network: String::new(),
         profile: None,
         passed: None,
     }
