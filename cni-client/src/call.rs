@@ -108,6 +108,8 @@ async fn call(
                 ports: convert::ports_to(&addition.ports),
                 settings: Some(convert::settings_to(&addition.settings)),
                 net_out_rules: addition.net_out_rules,
+                receives: addition.bandwidth.to.map(convert::limit_to),
+                sends: addition.bandwidth.from.map(convert::limit_to),
             };
             let added = client.add(request).await.map_err(failed)?.into_inner();
             let sandbox = environment.namespace.as_deref().unwrap_or_else(|| Path::new(""));

@@ -293,6 +293,8 @@ fn what_a_container_may_do_reaches_the_node() {
             deny_cloud_metadata: false,
         }),
         net_out_rules: conf["runtimeConfig"]["netOutRules"].to_string().into(),
+        receives: None,
+        sends: None,
     };
     assert_eq!(arrived.adds[0], expected);
     // And without any of it.

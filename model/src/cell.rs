@@ -27,9 +27,11 @@ pub use unit::{CellConfig, Inputs, OverlayIngress, UnderlayDevice, Unit, VXLAN_O
 pub use wave::Fault;
 
 use crate::address::{DeviceName, OverlayAddr};
+use crate::bandwidth::Bandwidth;
 use crate::container::{Container, Handle, Owner, PortMapping};
 use crate::firewall::{Guard, limits_of};
 use crate::lease::{Lease, Peers};
+use crate::link::LinkSpec;
 use crate::policy::{AppGuid, Policies, PolicyTag};
 use crate::profile::Known;
 use crate::reason::Reason;
@@ -46,6 +48,7 @@ pub struct Wanted {
     pub owner: Owner,
     pub ports: Vec<PortMapping>,
     pub profile: Arc<Known>,
+    pub bandwidth: Bandwidth,
 }
 
 /// What a delete found.
@@ -225,6 +228,11 @@ impl Cell {
         Ok(())
     }
 
+    /// A container's link, as it should be now.
+    pub fn link(&self, container: &Container) -> Option<LinkSpec> {
+        self.inputs.link_mtu(container).map(|mtu| LinkSpec::of(container, mtu))
+    }
+
     pub fn add(&mut self, wanted: Wanted) -> Result<Arc<Container>, Reason> {
         match self.inputs.roster.get(&wanted.handle) {
             None => {}
@@ -235,8 +243,8 @@ impl Cell {
         let (Some(addr), Some(fits)) = (self.inputs.roster.ipam().next(), self.inputs.mtu()) else {
             return Err(Reason::Bug { invariant: "a ready cell has an address and an MTU".into() });
         };
-        let mtu = wanted.mtu.unwrap_or(fits);
         // RFC 791: every IPv4 module must forward 68 bytes without fragmenting.
+        let mtu = wanted.mtu.unwrap_or(fits);
         if !(68..=fits).contains(&mtu) {
             let why = format!("{mtu} is outside 68 to {fits}, what the overlay carries here");
             return Err(Reason::InvalidField { field: "mtu".into(), why });
@@ -250,12 +258,17 @@ impl Cell {
             handle: wanted.handle,
             addr,
             interface: wanted.interface,
-            mtu,
+            mtu: wanted.mtu,
             owner: wanted.owner,
             ports: wanted.ports,
             profile: Some(profile),
             passed: Some(profile),
+            bandwidth: wanted.bandwidth,
         });
+        // The queues of a link that stood there before are not this one's.
+        if let Some(belief) = self.believed.get_mut(&Key::Shaping(addr)) {
+            *belief = Belief::Unknown;
+        }
         self.record(Record::Present(Arc::clone(&container)));
         self.unborn.insert(addr);
         self.replan(Unit::Container(container.handle.clone()));

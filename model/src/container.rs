@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{DeviceName, NotValid, OverlayAddr};
+use crate::bandwidth::Bandwidth;
 use crate::policy::AppGuid;
 use crate::profile::{Digest, Workload};
 
@@ -123,8 +124,9 @@ pub struct Container {
     pub addr: OverlayAddr,
     /// The interface's name inside the container: CNI_IFNAME.
     pub interface: DeviceName,
-    /// Bytes of the largest IP packet on the container's link.
-    pub mtu: u32,
+    /// Bytes of the largest IP packet on the container's link, as asked for; none: what the overlay carries.
+    #[serde(default)]
+    pub mtu: Option<u32>,
     #[serde(default)]
     pub owner: Owner,
     /// No two have the same port of the cell.
@@ -136,4 +138,6 @@ pub struct Container {
     /// The one that the platform passed: it counts while nothing is known of the container's space.
     #[serde(default)]
     pub passed: Option<Digest>,
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
 }

@@ -373,7 +373,7 @@ impl<K: Kernel> Running<K> {
         for change in step.changes() {
             if !outcome.failed.contains_key(&change.key) {
                 self.reported.remove(&change.key);
-                if matches!(change.key, Key::Link(_) | Key::Firewall(_)) {
+                if matches!(change.key, Key::Link(_) | Key::Shaping(_) | Key::Firewall(_)) {
                     debug!(%change, "applied")
                 } else {
                     info!(%change, "applied")
@@ -381,7 +381,8 @@ impl<K: Kernel> Running<K> {
             }
         }
         for Fault { key, why } in self.task.cell.settle(step, &outcome) {
-            let newborn = matches!(&key, Key::Link(addr) if namespaces.contains_key(addr));
+            let newborn =
+                matches!(&key, Key::Link(addr) | Key::Shaping(addr) if namespaces.contains_key(addr));
             // A caller hears of its own link; everything else is for the log, once until it is mended.
             if !newborn && self.reported.insert(key.clone()) {
                 error!(%key, %why, "kernel refused a change; it is tried again");
@@ -397,11 +398,15 @@ impl<K: Kernel> Running<K> {
                 drop(reply.send(failed.map_or(Ok(()), Err)));
             }
             Asked::Add { container, namespace, reply } => {
-                let spec = LinkSpec::of(&container);
-                if let Some(why) = failed.get(&Key::Link(spec.addr)) {
+                if let Some(why) = failed.get(&Key::Link(container.addr)) {
                     drop(reply.send(Err(why.clone())));
                     return;
                 }
+                let Some(spec) = self.task.cell.link(&container) else {
+                    let invariant = "a container that was added has a link".into();
+                    drop(reply.send(Err(Reason::Bug { invariant })));
+                    return;
+                };
                 let inbox = self.task.inbox.clone();
                 let metrics = Arc::clone(&self.task.metrics);
                 tokio::spawn(async move { lay_inside(spec, namespace, reply, inbox, &metrics).await });

@@ -136,6 +136,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use weft_model::address::OverlayAddr;
+    use weft_model::bandwidth::Bandwidth;
     use weft_model::cell::Roster;
     use weft_model::container::{Container, Owner};
 
@@ -144,11 +145,12 @@ mod tests {
             handle: format!("container-{n}").parse().expect("handle"),
             addr: OverlayAddr::new([10, 255, 1, n].into()),
             interface: "eth0".parse().expect("name"),
-            mtu: 1450,
+            mtu: None,
             owner: Owner { app_id: "app".into(), ..Owner::default() },
             ports: Vec::new(),
             profile: None,
             passed: None,
+            bandwidth: Bandwidth::default(),
         }))
     }
 

@@ -10,6 +10,7 @@
 //!  rules     the firewall's changes, one transaction for a step; and what is in its table
 //!  lay       what a step lays            delete    links away, on threads of their own
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
+//!  shaping   a container's limits
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  events    notifications               conntrack connections of a former address
 //!  ruleset_events    notifications on nf_tables          nflog     what rules log
@@ -27,6 +28,7 @@ pub mod nflog;
 mod rules;
 pub mod ruleset_events;
 mod see;
+mod shaping;
 mod socket;
 mod sysctl;
 

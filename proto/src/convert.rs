@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 pub use settings::{settings_from, settings_to};
 use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
+use weft_model::bandwidth::{Bandwidth, Limit};
 use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::lease::{Changes, Cursor, Digest, Epoch, Holder, Lease, Revision};
 use weft_model::profile::{Known, Settings};
@@ -158,6 +159,7 @@ pub struct Asked {
     pub settings: Settings,
     /// As [`garden`](weft_model::asg::garden) reads them.
     pub net_out_rules: Vec<u8>,
+    pub bandwidth: Bandwidth,
 }
 
 pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
@@ -177,13 +179,26 @@ pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
         ports: ports_from(request.ports)?,
         settings: request.settings.map_or_else(|| Ok(Settings::default()), settings_from)?,
         net_out_rules: request.net_out_rules,
+        bandwidth: Bandwidth {
+            to: limit_from("receives", request.receives)?,
+            from: limit_from("sends", request.sends)?,
+        },
     })
 }
 
 /// `profile` is what its workload, settings and rules come to.
 pub fn wanted(asked: Asked, profile: Arc<Known>) -> cell::Wanted {
-    let Asked { handle, interface, mtu, owner, ports, .. } = asked;
-    cell::Wanted { handle, interface, mtu, owner, ports, profile }
+    let Asked { handle, interface, mtu, owner, ports, bandwidth, .. } = asked;
+    cell::Wanted { handle, interface, mtu, owner, ports, profile, bandwidth }
+}
+
+fn limit_from(field: &str, limit: Option<node::Limit>) -> Result<Option<Limit>, Reason> {
+    let limit = limit.map(|limit| Limit::new(limit.rate, limit.burst)).transpose();
+    limit.map_err(|why| invalid(field, why))
+}
+
+pub fn limit_to(limit: Limit) -> node::Limit {
+    node::Limit { rate: limit.rate(), burst: limit.burst() }
 }
 
 fn ports_from(ports: Vec<node::PortMapping>) -> Result<Vec<container::PortMapping>, Reason> {

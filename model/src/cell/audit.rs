@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::unit::plan;
 use super::{Belief, Cell, Key, Object, Presence, Record, Seen, Unit};
+use crate::bandwidth::Bandwidth;
 use crate::container::{Container, Handle, Owner};
 
 /// What was looked at.
@@ -76,15 +77,20 @@ impl Cell {
                 && self.inputs.roster.with_addr(*addr).is_none()
                 && self.inputs.roster.get(&link.handle).is_none()
             {
+                let bandwidth = match seen.get(&Key::Shaping(*addr)) {
+                    Some(Belief::Holds(Object::Shaping(shaping))) => shaping.bandwidth,
+                    _ => Bandwidth::default(),
+                };
                 let container = Container {
                     handle: link.handle.clone(),
                     addr: *addr,
                     interface: link.interface.clone(),
-                    mtu: link.mtu,
+                    mtu: Some(link.mtu).filter(|mtu| self.inputs.mtu() != Some(*mtu)),
                     owner: Owner::default(),
                     ports: Vec::new(),
                     profile: None,
                     passed: None,
+                    bandwidth,
                 };
                 self.record(Record::Present(Arc::new(container)));
                 self.replan(Unit::Container(link.handle.clone()));

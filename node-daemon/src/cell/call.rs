@@ -70,7 +70,7 @@ impl<K: Kernel> Running<K> {
             return Err(Reason::UnknownContainer { handle: handle.to_string() });
         };
         let damaged = |what: &str| Reason::Damaged { handle: handle.to_string(), what: what.into() };
-        let spec = LinkSpec::of(container);
+        let spec = self.task.cell.link(container).ok_or(Reason::Starting)?;
         match presence {
             Presence::Present => {}
             Presence::Lost => return Err(damaged("its link is gone")),
@@ -84,10 +84,16 @@ impl<K: Kernel> Running<K> {
         }
         let seen = self.task.kernel.see(Scope::Links).await.map_err(|error| error.reason())?;
         match seen.get(&Key::Link(spec.addr)) {
-            Some(Belief::Holds(Object::Link(link))) if *link == spec => Ok(spec),
-            Some(_) => Err(damaged("the cell's end of its link is not whole")),
-            None => Err(damaged("its link is gone")),
+            Some(Belief::Holds(Object::Link(link))) if *link == spec => {}
+            Some(_) => return Err(damaged("the cell's end of its link is not whole")),
+            None => return Err(damaged("its link is gone")),
         }
+        let shaping = Key::Shaping(spec.addr);
+        let limited = self.task.cell.wanted().get(&shaping).cloned().map(Belief::Holds);
+        if seen.get(&shaping) != limited.as_ref() {
+            return Err(damaged("its bandwidth is limited in another way"));
+        }
+        Ok(spec)
     }
 }
 

@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
+use weft_model::bandwidth::Bandwidth;
 use weft_model::cell::{Cell, CellConfig, OverlayIngress, Step, Wanted};
 use weft_model::container::{Handle, Owner};
 use weft_model::lease::{Lease, Peers};
@@ -191,6 +192,7 @@ pub(super) fn wanted(name: &str, interface: &str, profile: Arc<Known>) -> Result
         owner: Owner::default(),
         ports: Vec::new(),
         profile,
+        bandwidth: Bandwidth::default(),
     })
 }
 

@@ -4,6 +4,7 @@
 use super::*;
 use serde_json::{Value, json};
 use weft_model::address::OverlayAddr;
+use weft_model::bandwidth::Bandwidth;
 use weft_model::container::Owner;
 use weft_model::link;
 use weft_model::traffic::{Packet, Protocol};
@@ -32,11 +33,12 @@ fn who(handle: &str) -> Container {
         handle: handle.parse().expect("handle"),
         addr: OverlayAddr::new([10, 255, 30, 2].into()),
         interface: "eth0".parse().expect("name"),
-        mtu: 1450,
+        mtu: None,
         owner,
         ports: Vec::new(),
         profile: None,
         passed: None,
+        bandwidth: Bandwidth::default(),
     }
 }
 
