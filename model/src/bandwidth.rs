@@ -102,9 +102,9 @@ pub struct ShapingSpec {
 }
 
 impl ShapingSpec {
-    pub fn of(container: &Container, mtu: u32) -> Option<Self> {
+    pub fn of(container: &Container) -> Option<Self> {
         let Bandwidth { to, from } = container.bandwidth;
-        let fit = |limit: Option<Limit>| limit.map(|limit| limit.for_packets_of(mtu));
+        let fit = |limit: Option<Limit>| limit.map(|limit| limit.for_packets_of(container.mtu));
         let bandwidth = Bandwidth { to: fit(to), from: fit(from) };
         (bandwidth != Bandwidth::default()).then_some(Self { addr: container.addr, bandwidth })
     }

@@ -31,7 +31,6 @@ use crate::bandwidth::Bandwidth;
 use crate::container::{Container, Handle, Owner, PortMapping};
 use crate::firewall::{Guard, limits_of};
 use crate::lease::{Lease, Peers};
-use crate::link::LinkSpec;
 use crate::policy::{AppGuid, Policies, PolicyTag};
 use crate::profile::Known;
 use crate::reason::Reason;
@@ -49,6 +48,8 @@ pub struct Wanted {
     pub ports: Vec<PortMapping>,
     pub profile: Arc<Known>,
     pub bandwidth: Bandwidth,
+    /// The file of its network namespace, as the runtime named it.
+    pub namespace: String,
 }
 
 /// What a delete found.
@@ -228,11 +229,6 @@ impl Cell {
         Ok(())
     }
 
-    /// A container's link, as it should be now.
-    pub fn link(&self, container: &Container) -> Option<LinkSpec> {
-        self.inputs.link_mtu(container).map(|mtu| LinkSpec::of(container, mtu))
-    }
-
     pub fn add(&mut self, wanted: Wanted) -> Result<Arc<Container>, Reason> {
         match self.inputs.roster.get(&wanted.handle) {
             None => {}
@@ -258,7 +254,9 @@ impl Cell {
             handle: wanted.handle,
             addr,
             interface: wanted.interface,
-            mtu: wanted.mtu,
+            mtu,
+            wanted_mtu: wanted.mtu,
+            namespace: wanted.namespace,
             owner: wanted.owner,
             ports: wanted.ports,
             profile: Some(profile),
@@ -274,6 +272,27 @@ impl Cell {
         self.replan(Unit::Container(container.handle.clone()));
         self.follow_groups(&container);
         Ok(container)
+    }
+
+    /// Containers whose links carry more than the overlay now does, or less than they could; and how much they should.
+    pub fn misfits(&self) -> impl Iterator<Item = (&Arc<Container>, u32)> {
+        let present = self.inputs.roster.iter().filter(|(_, presence)| *presence == Presence::Present);
+        present.filter_map(|(container, _)| {
+            let mtu = self.inputs.link_mtu(container).filter(|mtu| *mtu != container.mtu)?;
+            Some((container, mtu))
+        })
+    }
+
+    /// The container's own end carries so much now: the cell's end follows. The other way round, what the container sends
+    /// would be too long for the cell's end, and vanish.
+    pub fn fit(&mut self, addr: OverlayAddr, mtu: u32) {
+        if let Some((container, Presence::Present)) = self.inputs.roster.with_addr(addr)
+            && container.mtu != mtu
+        {
+            let handle = container.handle.clone();
+            self.record(Record::Fitted(handle.clone(), mtu));
+            self.replan(Unit::Container(handle));
+        }
     }
 
     /// Gives a container another profile. Its established connections stay.
@@ -363,12 +382,16 @@ impl Cell {
             Record::Present(container) => [container.profile, None],
             Record::Assigned(handle, digest) => [of(roster.get(handle)), Some(*digest)],
             Record::Resting(addr) => [of(roster.with_addr(*addr)), None],
-            Record::Profile(_) | Record::Leaving(_) | Record::Free(_) => [None, None],
+            Record::Profile(_) | Record::Fitted(..) | Record::Leaving(_) | Record::Free(_) => [None, None],
         };
         let app = match &record {
             Record::Present(container) => container.owner.app(),
             Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.owner.app()),
-            Record::Profile(_) | Record::Assigned(..) | Record::Leaving(_) | Record::Free(_) => None,
+            Record::Profile(_)
+            | Record::Assigned(..)
+            | Record::Fitted(..)
+            | Record::Leaving(_)
+            | Record::Free(_) => None,
         };
         let in_force = |roster: &Roster| concerned.map(|digest| roster.in_force(digest?).cloned());
         let before = in_force(roster);

@@ -124,9 +124,14 @@ pub struct Container {
     pub addr: OverlayAddr,
     /// The interface's name inside the container: CNI_IFNAME.
     pub interface: DeviceName,
-    /// Bytes of the largest IP packet on the container's link, as asked for; none: what the overlay carries.
+    /// Bytes of the largest IP packet on the container's link, at both its ends.
+    pub mtu: u32,
+    /// What was asked for; none: what the overlay carries.
     #[serde(default)]
-    pub mtu: Option<u32>,
+    pub wanted_mtu: Option<u32>,
+    /// The file of its network namespace as the runtime named it; empty: not known. It may be gone, or another's.
+    #[serde(default)]
+    pub namespace: String,
     #[serde(default)]
     pub owner: Owner,
     /// No two have the same port of the cell.

@@ -23,12 +23,12 @@ pub struct LinkSpec {
 }
 
 impl LinkSpec {
-    pub fn of(container: &Container, mtu: u32) -> Self {
+    pub fn of(container: &Container) -> Self {
         Self {
             addr: container.addr,
             handle: container.handle.clone(),
             interface: container.interface.clone(),
-            mtu,
+            mtu: container.mtu,
         }
     }
 

@@ -153,6 +153,7 @@ fn wanted_as(n: u8, kind: u8) -> Wanted {
         ports: if kind % 2 == 1 { vec![mapping] } else { Vec::new() },
         profile: Arc::new(profile(kind / 2).into()),
         bandwidth: limits(n),
+        namespace: String::new(),
     }
 }
 
@@ -227,7 +228,11 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
             let peers = pairs.iter().map(|(c, s)| (underlay(c + 1), Lease::new(underlay(c + 1), subnet(*s))));
             cell.leases(own, &peers.collect());
         }
-        Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
+        Move::UnderlayMtu(mtu) => {
+            cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu }));
+            let misfits: Vec<_> = cell.misfits().map(|(container, mtu)| (container.addr, mtu)).collect();
+            misfits.into_iter().for_each(|(addr, mtu)| cell.fit(addr, mtu));
+        }
         Move::Policies(all) => cell.policies(by_app(all.iter().map(policy))),
         Move::Router(tag) => cell.router(tag_of(*tag)),
         Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),

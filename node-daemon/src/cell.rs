@@ -94,6 +94,10 @@ struct Running<K> {
     table_touched: bool,
     forgetting: bool,
     forgetting_fails: bool,
+    /// Containers' ends are being told of another MTU.
+    fitting: bool,
+    /// Those that cannot be.
+    unfit: BTreeSet<OverlayAddr>,
     /// The roster has changed since the directory was published.
     roster_changed: bool,
 }
@@ -116,6 +120,8 @@ impl<K: Kernel> Task<K> {
             table_touched: false,
             forgetting: false,
             forgetting_fails: false,
+            fitting: false,
+            unfit: BTreeSet::new(),
             roster_changed: true,
         };
         running.follow_leases();
@@ -128,6 +134,7 @@ impl<K: Kernel> Task<K> {
             }
         }
         running.wave(Vec::new()).await;
+        running.follow_mtu();
         Ok(Started(running))
     }
 
@@ -324,6 +331,7 @@ impl<K: Kernel> Running<K> {
                 (self.forgetting, self.forgetting_fails) = (false, false);
                 self.task.cell.forgotten(&addrs);
             }
+            Request::Fitted(outcomes) => self.fitted(outcomes),
             Request::NotForgotten(why) => {
                 self.forgetting = false;
                 if !std::mem::replace(&mut self.forgetting_fails, true) {
@@ -402,11 +410,7 @@ impl<K: Kernel> Running<K> {
                     drop(reply.send(Err(why.clone())));
                     return;
                 }
-                let Some(spec) = self.task.cell.link(&container) else {
-                    let invariant = "a container that was added has a link".into();
-                    drop(reply.send(Err(Reason::Bug { invariant })));
-                    return;
-                };
+                let spec = LinkSpec::of(&container);
                 let inbox = self.task.inbox.clone();
                 let metrics = Arc::clone(&self.task.metrics);
                 tokio::spawn(async move { lay_inside(spec, namespace, reply, inbox, &metrics).await });

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 use weft_daemon::log::Format;
 use weft_daemon::tls::Files;
 use weft_model::address::{DeviceName, UnderlayAddr};
-use weft_model::cell::{CellConfig, OverlayIngress};
+use weft_model::cell::{CellConfig, OverlayIngress, VXLAN_OVERHEAD};
 use weft_model::follow::Intervals;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
 
@@ -57,8 +57,9 @@ pub struct Config {
     /// The device for the overlay's frames, if not the one that has `underlay_ip`.
     #[serde(default)]
     pub vxlan_interface_name: Option<DeviceName>,
-    /// Bytes of the largest packet on the overlay; 0: what the underlay's device carries, less 50.
-    #[serde(default)]
+    /// Bytes of the largest packet on the underlay that carries one of the overlay, which has 50 less; 0: what its device
+    /// carries.
+    #[serde(default, deserialize_with = "outer_mtu")]
     pub mtu: u32,
     /// One address instead of a block: a machine without containers that speaks on the overlay.
     #[serde(default)]
@@ -255,7 +256,7 @@ impl Config {
             vtep_port: self.vtep_port,
             underlay: self.underlay_ip,
             overlay: self.overlay_network,
-            mtu: (self.mtu != 0).then_some(self.mtu),
+            mtu: (self.mtu != 0).then(|| self.mtu.saturating_sub(VXLAN_OVERHEAD)),
             policy: !self.disable_container_network_policy,
             cut: self.cut_connections_of_removed_policies,
             ingress: match (self.enable_overlay_ingress_rules, self.single_ip_only) {
@@ -290,6 +291,15 @@ impl Config {
 
     pub fn wants(&self) -> SubnetKind {
         if self.single_ip_only { SubnetKind::Single } else { SubnetKind::Block }
+    }
+}
+
+/// RFC 791: every IPv4 module must forward 68 bytes without fragmenting, and so the overlay.
+fn outer_mtu<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    const LEAST: u32 = 68 + VXLAN_OVERHEAD;
+    match u32::deserialize(deserializer)? {
+        mtu @ (0 | LEAST..) => Ok(mtu),
+        less => Err(de::Error::custom(format!("{less} is neither 0 nor {LEAST} or more"))),
     }
 }
 

@@ -51,6 +51,8 @@ pub enum Request {
     Forgotten(BTreeSet<OverlayAddr>),
     /// They could not be looked for; they are tried again later.
     NotForgotten(Reason),
+    /// Containers' ends of links that were given another MTU, each with how that went.
+    Fitted(Vec<(LinkSpec, Result<(), Reason>)>),
 }
 
 #[derive(Debug, Clone)]

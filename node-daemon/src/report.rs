@@ -18,7 +18,7 @@ pub fn status(cell: &Cell, overlay: &Overlay, not_ready: Option<Reason>) -> Stat
         address: container.addr.to_string(),
         interface: container.interface.to_string(),
         host_interface: link::host_name(container.addr).to_string(),
-        mtu: inputs.link_mtu(container).unwrap_or_default(),
+        mtu: container.mtu,
         owner: Some(owner_to(&container.owner)),
         state: match presence {
             Presence::Present => "present",

@@ -160,6 +160,7 @@ pub struct Asked {
     /// As [`garden`](weft_model::asg::garden) reads them.
     pub net_out_rules: Vec<u8>,
     pub bandwidth: Bandwidth,
+    pub namespace: String,
 }
 
 pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
@@ -183,13 +184,14 @@ pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
             to: limit_from("receives", request.receives)?,
             from: limit_from("sends", request.sends)?,
         },
+        namespace: request.namespace,
     })
 }
 
 /// `profile` is what its workload, settings and rules come to.
 pub fn wanted(asked: Asked, profile: Arc<Known>) -> cell::Wanted {
-    let Asked { handle, interface, mtu, owner, ports, bandwidth, .. } = asked;
-    cell::Wanted { handle, interface, mtu, owner, ports, profile, bandwidth }
+    let Asked { handle, interface, mtu, owner, ports, bandwidth, namespace, .. } = asked;
+    cell::Wanted { handle, interface, mtu, owner, ports, profile, bandwidth, namespace }
 }
 
 fn limit_from(field: &str, limit: Option<node::Limit>) -> Result<Option<Limit>, Reason> {

@@ -86,10 +86,10 @@ impl Inputs {
         Some(self.config.mtu.map_or(fits, |mtu| mtu.min(fits)))
     }
 
-    /// The largest packet on a container's link: what was asked for, as far as that fits now.
+    /// The largest packet that a container's link should carry: what was asked for, as far as that fits now.
     pub fn link_mtu(&self, container: &Container) -> Option<u32> {
         let fits = self.mtu()?;
-        Some(container.mtu.map_or(fits, |mtu| mtu.min(fits)))
+        Some(container.wanted_mtu.map_or(fits, |mtu| mtu.min(fits)))
     }
 
     /// The routers' tag, unless policies say that it is an app's, as they may when the policy server has lost its data:
@@ -168,11 +168,9 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
                 if inputs.config.ingress == OverlayIngress::Taken {
                     planned.extend(firewall(exposed(container)));
                 }
-                if let Some(mtu) = inputs.link_mtu(container) {
-                    let shaping = ShapingSpec::of(container, mtu);
-                    planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container, mtu))));
-                    planned.extend(shaping.map(|s| (Key::Shaping(s.addr), Object::Shaping(s))));
-                }
+                planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
+                let shaping = ShapingSpec::of(container);
+                planned.extend(shaping.map(|spec| (Key::Shaping(spec.addr), Object::Shaping(spec))));
                 planned
             }
             _ => Vec::new(),

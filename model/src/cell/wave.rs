@@ -55,13 +55,9 @@ impl Cell {
         step
     }
 
-    /// Without a lease nobody knows what belongs on the overlay, and without the underlay's device not how much a link
-    /// carries: what is there stays as it is.
+    /// Without a lease nobody knows what belongs on the overlay: what is there stays as it is.
     fn is_held_back(&self, key: &Key) -> bool {
-        match key {
-            Key::Link(_) | Key::Shaping(_) => self.inputs.device.is_none(),
-            key => key.is_overlay() && !self.inputs.knows_overlay(),
-        }
+        key.is_overlay() && !self.inputs.knows_overlay()
     }
 
     fn whole_firewall(&self) -> Firewall {

@@ -1,11 +1,19 @@
 //! Looking at the kernel: what differs from what was believed is logged once, and repaired by the next step.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 use weft_model::cell::{Belief, Drift, Scope};
+use weft_model::container::Container;
+use weft_model::link::LinkSpec;
+use weft_model::reason::Reason;
 
 use super::{AUDIT, Running, chain};
-use crate::kernel::Kernel;
+use crate::inbox::Request;
+use crate::kernel::{Kernel, inside};
 
 impl<K: Kernel> Running<K> {
     pub(super) async fn audit(&mut self) {
@@ -30,6 +38,50 @@ impl<K: Kernel> Running<K> {
             }
         }
         self.look(Scope::Links).await;
+        self.follow_mtu();
+    }
+
+    /// The ends of links within containers come first, each in its namespace; then the cell's (see `Cell::fit`).
+    pub(super) fn follow_mtu(&mut self) {
+        let fit = |(container, mtu): (&Arc<Container>, u32)| {
+            let spec = LinkSpec { mtu, ..LinkSpec::of(container) };
+            (spec, PathBuf::from(&container.namespace))
+        };
+        let misfits: Vec<_> = self.task.cell.misfits().map(fit).collect();
+        if misfits.is_empty() || std::mem::replace(&mut self.fitting, true) {
+            return;
+        }
+        let inbox = self.task.inbox.clone();
+        tokio::spawn(async move {
+            let fit = move || {
+                let one = |(spec, namespace): (LinkSpec, PathBuf)| {
+                    let outcome = inside::fit(&namespace, &spec);
+                    (spec, outcome)
+                };
+                misfits.into_iter().map(one).collect()
+            };
+            inbox.tell(Request::Fitted(spawn_blocking(fit).await.unwrap_or_default())).await;
+        });
+    }
+
+    pub(super) fn fitted(&mut self, outcomes: Vec<(LinkSpec, Result<(), Reason>)>) {
+        self.fitting = false;
+        for (LinkSpec { addr, handle, mtu, .. }, outcome) in outcomes {
+            match outcome {
+                Ok(()) => {
+                    info!(%handle, mtu, "link follows the underlay's MTU");
+                    self.unfit.remove(&addr);
+                    self.task.cell.fit(addr, mtu);
+                }
+                // It may have left meanwhile, and then nobody has to know.
+                Err(why) => {
+                    let there = self.task.cell.roster().get(&handle).is_some();
+                    if there && self.unfit.insert(addr) {
+                        warn!(%handle, %why, "container's end not reached; its link keeps its MTU");
+                    }
+                }
+            }
+        }
     }
 
     /// Compares what there is with what was believed. The next step repairs it.

@@ -70,7 +70,7 @@ impl<K: Kernel> Running<K> {
             return Err(Reason::UnknownContainer { handle: handle.to_string() });
         };
         let damaged = |what: &str| Reason::Damaged { handle: handle.to_string(), what: what.into() };
-        let spec = self.task.cell.link(container).ok_or(Reason::Starting)?;
+        let spec = LinkSpec::of(container);
         match presence {
             Presence::Present => {}
             Presence::Lost => return Err(damaged("its link is gone")),

@@ -157,6 +157,7 @@ impl Site {
             ports: ports.iter().map(|(h, c)| PortMapping { host: port(*h), container: port(*c) }).collect(),
             profile: Arc::new(profile.into()),
             bandwidth: Bandwidth::default(),
+            namespace: String::new(),
         };
         let space = Space::bare();
         let container = self.cell.add(wanted).expect("added");

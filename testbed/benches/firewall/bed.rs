@@ -193,6 +193,7 @@ pub(super) fn wanted(name: &str, interface: &str, profile: Arc<Known>) -> Result
         ports: Vec::new(),
         profile,
         bandwidth: Bandwidth::default(),
+        namespace: String::new(),
     })
 }
 
