@@ -402,8 +402,8 @@ impl<K: Kernel> Running<K> {
     fn answer(&self, asked: Asked, failed: &BTreeMap<Key, Reason>) {
         match asked {
             Asked::Delete { addr, reply } => {
-                let failed = failed.get(&Key::Link(addr)).cloned();
-                drop(reply.send(failed.map_or(Ok(()), Err)));
+                let failed = [Key::Link(addr), Key::Shaping(addr)].iter().find_map(|key| failed.get(key));
+                drop(reply.send(failed.cloned().map_or(Ok(()), Err)));
             }
             Asked::Add { container, namespace, reply } => {
                 if let Some(why) = failed.get(&Key::Link(container.addr)) {

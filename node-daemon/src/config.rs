@@ -367,6 +367,7 @@ mod tests {
             ("policy_poll_interval_seconds", json!(0)),
             ("asg_poll_interval_seconds", json!(1e9)),
             ("cell_id", json!("")),
+            ("mtu", json!(117)),
             ("no_such_field", json!(1)),
         ] {
             let mut config = minimal();
@@ -377,6 +378,15 @@ mod tests {
         let mut config = minimal();
         config.as_object_mut().expect("object").remove("key_file");
         assert!(load(&config).expect_err("missing").contains("key_file"));
+    }
+
+    #[test]
+    fn the_mtu_is_that_of_the_underlays_packet() {
+        for (outer, inner) in [(0, None), (118, Some(68)), (1500, Some(1450))] {
+            let mut config = minimal();
+            config["mtu"] = json!(outer);
+            assert_eq!(load(&config).expect("valid").cell().mtu, inner);
+        }
     }
 
     /// The error for an unknown field lists all that are known.

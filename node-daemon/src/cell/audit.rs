@@ -48,6 +48,7 @@ impl<K: Kernel> Running<K> {
             (spec, PathBuf::from(&container.namespace))
         };
         let misfits: Vec<_> = self.task.cell.misfits().map(fit).collect();
+        self.unfit.retain(|addr| misfits.iter().any(|(spec, _)| spec.addr == *addr));
         if misfits.is_empty() || std::mem::replace(&mut self.fitting, true) {
             return;
         }
