@@ -309,7 +309,7 @@ impl<K: Kernel> Running<K> {
         match request {
             // The caller is gone, so nothing is made that it would have to take back.
             Request::Add { reply, .. } if reply.is_closed() => {}
-            Request::Add { wanted, namespace, reply } => match self.task.cell.add(wanted) {
+            Request::Add { wanted, namespace, reply } => match self.task.cell.add(*wanted) {
                 Ok(container) => {
                     namespaces.insert(container.addr, Arc::clone(&namespace));
                     self.report_ports(&container);

@@ -31,7 +31,7 @@ pub type Reply<T> = oneshot::Sender<Result<T, Reason>>;
 #[derive(Debug)]
 pub enum Request {
     Add {
-        wanted: Wanted,
+        wanted: Box<Wanted>,
         namespace: Arc<OwnedFd>,
         reply: Reply<LinkSpec>,
     },
@@ -126,6 +126,7 @@ impl Inbox {
 impl Calls for Inbox {
     async fn add(&self, wanted: Wanted, namespace: OwnedFd) -> Result<LinkSpec, Reason> {
         let namespace = Arc::new(namespace);
+        let wanted = Box::new(wanted);
         self.ask("ADD", |reply| Request::Add { wanted, namespace, reply }).await
     }
 

@@ -56,7 +56,8 @@ pub(super) fn lay(spec: &ShapingSpec, was: Option<&Belief>, newborn: bool) -> Ve
         None if !newborn => all.push(delete_bucket(link)),
         None => {}
     }
-    if !newborn && !(redirected && from.is_some()) {
+    let stays = redirected && from.is_some();
+    if !newborn && !stays {
         all.push(delete_ingress(link));
     }
     match from {
@@ -66,7 +67,7 @@ pub(super) fn lay(spec: &ShapingSpec, was: Option<&Belief>, newborn: bool) -> Ve
             all.extend([exists, no_link_local(device)]);
             all.push(set_link("raise", device, Vec::new(), LinkFlags::Up));
             all.push(bucket(device, limit));
-            if !redirected || newborn {
+            if newborn || !stays {
                 all.extend([ingress(link), redirect(link, device)]);
             }
         }
