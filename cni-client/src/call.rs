@@ -1,7 +1,8 @@
 //! The one call to the node daemon, with the container's namespace as a descriptor.
 //!
 //! The descriptor travels before the HTTP/2 preface: one byte 0x01 with SCM_RIGHTS. So the daemon needs neither our
-//! mount namespace nor our process to reach the container, and trusts no path.
+//! mount namespace nor our process to reach the container, and trusts no path. It gets the path too: if that leads to the
+//! container much later, its end of the link can follow the underlay's MTU.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -118,6 +119,9 @@ async fn call(
                 settings: Some(convert::settings_to(&addition.settings)),
                 net_out_rules: addition.net_out_rules,
                 network: conf.name.clone(),
+                receives: addition.bandwidth.to.map(convert::limit_to),
+                sends: addition.bandwidth.from.map(convert::limit_to),
+                namespace: path.clone(),
             };
             let added = client.add(request).await.map_err(failed)?.into_inner();
             let sandbox = namespace.as_deref().unwrap_or_else(|| Path::new(""));

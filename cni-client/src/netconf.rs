@@ -3,10 +3,12 @@
 //! Fields that are not named here and in its parts are accepted and not looked at.
 //!
 //! ```text
+//!  bandwidth   limits, in either of two forms
 //!  fields   one field of an object, or the reason why not        settings   what silk's configuration had
 //!  runtime  `metadata` and `runtimeConfig`, as garden-external-networker puts them at the top level
 //! ```
 
+mod bandwidth;
 mod fields;
 mod runtime;
 mod settings;
@@ -14,6 +16,7 @@ mod settings;
 use std::path::PathBuf;
 
 use serde_json::Value;
+use weft_model::bandwidth::Bandwidth;
 use weft_model::container::PortMapping;
 use weft_model::profile::Settings;
 use weft_model::reason::Reason;
@@ -71,6 +74,7 @@ pub(crate) struct Addition {
     pub(crate) owner: Owner,
     pub(crate) ports: Vec<PortMapping>,
     pub(crate) settings: Settings,
+    pub(crate) bandwidth: Bandwidth,
     /// For the result, as they were given.
     pub(crate) nameservers: Vec<String>,
     /// JSON, passed on as it is.
@@ -149,10 +153,11 @@ impl Addition {
         let (ports, net_out_rules) = runtime::runtime_config(&conf)?;
         let settings = settings::settings(&conf, &nameservers)?;
         let nameservers = nameservers.into_iter().map(|(given, _)| given).collect();
+        let bandwidth = bandwidth::bandwidth(&conf)?;
         // Chains are younger than the first layouts of results.
         let chained = version_of(stdin)? >= Version::V0_3_0;
         let previous = if chained { previous(stdin)? } else { Previous::default() };
-        Ok(Self { mtu, owner, ports, settings, nameservers, net_out_rules, previous })
+        Ok(Self { mtu, owner, ports, settings, bandwidth, nameservers, net_out_rules, previous })
     }
 }
 

@@ -320,6 +320,9 @@ fn what_a_container_may_do_reaches_the_node() {
         }),
         net_out_rules: conf["runtimeConfig"]["netOutRules"].to_string().into(),
         network: "weft".into(),
+        receives: None,
+        sends: None,
+        namespace: arrived.adds[1].namespace.clone(),
     };
     assert_eq!(arrived.adds[0], expected);
     // And without any of it.

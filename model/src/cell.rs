@@ -27,6 +27,7 @@ pub use unit::{CellConfig, Inputs, OverlayIngress, UnderlayDevice, Unit, VXLAN_O
 pub use wave::Fault;
 
 use crate::address::{DeviceName, OverlayAddr};
+use crate::bandwidth::Bandwidth;
 use crate::container::{Container, Handle, Owner, PortMapping};
 use crate::firewall::{Guard, limits_of};
 use crate::lease::{Lease, Peers};
@@ -48,6 +49,9 @@ pub struct Wanted {
     /// The network configuration's name.
     pub network: String,
     pub profile: Arc<Known>,
+    pub bandwidth: Bandwidth,
+    /// The file of its network namespace, as the runtime named it.
+    pub namespace: String,
 }
 
 /// What a delete found.
@@ -246,8 +250,8 @@ impl Cell {
         let (Some(addr), Some(fits)) = (self.inputs.roster.ipam().next(), self.inputs.mtu()) else {
             return Err(Reason::Bug { invariant: "a ready cell has an address and an MTU".into() });
         };
-        let mtu = wanted.mtu.unwrap_or(fits);
         // RFC 791: every IPv4 module must forward 68 bytes without fragmenting.
+        let mtu = wanted.mtu.unwrap_or(fits);
         if !(68..=fits).contains(&mtu) {
             let why = format!("{mtu} is outside 68 to {fits}, what the overlay carries here");
             return Err(Reason::InvalidField { field: "mtu".into(), why });
@@ -262,17 +266,45 @@ impl Cell {
             addr,
             interface: wanted.interface,
             mtu,
+            wanted_mtu: wanted.mtu,
+            namespace: wanted.namespace,
             owner: wanted.owner,
             ports: wanted.ports,
             network: wanted.network,
             profile: Some(profile),
             passed: Some(profile),
+            bandwidth: wanted.bandwidth,
         });
+        // The queues of a link that stood there before are not this one's.
+        if let Some(belief) = self.believed.get_mut(&Key::Shaping(addr)) {
+            *belief = Belief::Unknown;
+        }
         self.record(Record::Present(Arc::clone(&container)));
         self.unborn.insert(addr);
         self.replan(Unit::Container(container.handle.clone()));
         self.follow_groups(&container);
         Ok(container)
+    }
+
+    /// Containers whose links carry more than the overlay now does, or less than they could; and how much they should.
+    pub fn misfits(&self) -> impl Iterator<Item = (&Arc<Container>, u32)> {
+        let present = self.inputs.roster.iter().filter(|(_, presence)| *presence == Presence::Present);
+        present.filter_map(|(container, _)| {
+            let mtu = self.inputs.link_mtu(container).filter(|mtu| *mtu != container.mtu)?;
+            Some((container, mtu))
+        })
+    }
+
+    /// The container's own end carries so much now: the cell's end follows. The other way round, what the container sends
+    /// would be too long for the cell's end, and vanish.
+    pub fn fit(&mut self, addr: OverlayAddr, mtu: u32) {
+        if let Some((container, Presence::Present)) = self.inputs.roster.with_addr(addr)
+            && container.mtu != mtu
+        {
+            let handle = container.handle.clone();
+            self.record(Record::Fitted(handle.clone(), mtu));
+            self.replan(Unit::Container(handle));
+        }
     }
 
     /// Gives a container another profile. Its established connections stay.
@@ -362,12 +394,16 @@ impl Cell {
             Record::Present(container) => [container.profile, None],
             Record::Assigned(handle, digest) => [of(roster.get(handle)), Some(*digest)],
             Record::Resting(addr) => [of(roster.with_addr(*addr)), None],
-            Record::Profile(_) | Record::Leaving(_) | Record::Free(_) => [None, None],
+            Record::Profile(_) | Record::Fitted(..) | Record::Leaving(_) | Record::Free(_) => [None, None],
         };
         let app = match &record {
             Record::Present(container) => container.owner.app(),
             Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.owner.app()),
-            Record::Profile(_) | Record::Assigned(..) | Record::Leaving(_) | Record::Free(_) => None,
+            Record::Profile(_)
+            | Record::Assigned(..)
+            | Record::Fitted(..)
+            | Record::Leaving(_)
+            | Record::Free(_) => None,
         };
         let in_force = |roster: &Roster| concerned.map(|digest| roster.in_force(digest?).cloned());
         let before = in_force(roster);

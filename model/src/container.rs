@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::address::{DeviceName, NotValid, OverlayAddr};
+use crate::bandwidth::Bandwidth;
 use crate::policy::AppGuid;
 use crate::profile::{Digest, Workload};
 
@@ -123,8 +124,14 @@ pub struct Container {
     pub addr: OverlayAddr,
     /// The interface's name inside the container: CNI_IFNAME.
     pub interface: DeviceName,
-    /// Bytes of the largest IP packet on the container's link.
+    /// Bytes of the largest IP packet on the container's link, at both its ends.
     pub mtu: u32,
+    /// What was asked for; none: what the overlay carries.
+    #[serde(default)]
+    pub wanted_mtu: Option<u32>,
+    /// The file of its network namespace as the runtime named it; empty: not known. It may be gone, or another's.
+    #[serde(default)]
+    pub namespace: String,
     #[serde(default)]
     pub owner: Owner,
     /// No two have the same port of the cell.
@@ -139,4 +146,6 @@ pub struct Container {
     /// The one that the platform passed: it counts while nothing is known of the container's space.
     #[serde(default)]
     pub passed: Option<Digest>,
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
 }

@@ -13,6 +13,7 @@
 
 pub mod address;
 pub mod asg;
+pub mod bandwidth;
 pub mod cell;
 pub mod container;
 pub mod firewall;

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use ipnetwork::Ipv4Network;
 use proptest::prelude::*;
 
-use crate::address::{DeviceName, UnderlayAddr};
+use crate::address::{DeviceName, OverlayAddr, UnderlayAddr};
 use crate::asg::{AddrRange, EgressRule, PortRange, Traffic};
+use crate::bandwidth::{Bandwidth, Limit};
 use crate::cell::{
     Belief, Cell, CellConfig, Change, Dropped, Firewall, Key, Object, Outcome, OverlayIngress, Seen, Step,
     UnderlayDevice, Wanted,
@@ -64,6 +65,8 @@ pub enum Accident {
     PeerDamaged(u8),
     /// The link of the container of this number loses something.
     LinkDamaged(u8),
+    /// The limits on the link of the container of this number lose something.
+    ShapingDamaged(u8),
     /// The namespace of the container of this number ends.
     LinkGone(u8),
     /// The firewall's part of this number is deleted, as far as that can be; or changed.
@@ -77,6 +80,7 @@ pub fn walk(longest: usize) -> impl Strategy<Value = Vec<Move>> {
         1 => Just(Accident::VtepDeleted),
         3 => (0u8..6).prop_map(Accident::PeerDamaged),
         3 => (0u8..6).prop_map(Accident::LinkDamaged),
+        2 => (0u8..6).prop_map(Accident::ShapingDamaged),
         2 => (0u8..6).prop_map(Accident::LinkGone),
         3 => (0u8..60).prop_map(Accident::FirewallDamaged),
         1 => Just(Accident::TableDeleted),
@@ -152,7 +156,15 @@ fn wanted_as(n: u8, kind: u8) -> Wanted {
         ports: if kind % 2 == 1 { vec![mapping] } else { Vec::new() },
         network: "weft".into(),
         profile: Arc::new(profile(kind / 2).into()),
+        bandwidth: limits(n),
+        namespace: String::new(),
     }
+}
+
+/// None, one way, the other, both.
+fn limits(n: u8) -> Bandwidth {
+    let limit = |n: u8| Limit::new(u64::from(n) * 1_000_000, u32::from(n) * 1000).ok();
+    Bandwidth { to: limit(n).filter(|_| n & 1 != 0), from: limit(n).filter(|_| n & 2 != 0) }
 }
 
 pub fn app(n: u8) -> AppGuid {
@@ -220,7 +232,11 @@ pub fn edit(cell: &mut Cell, device: u32, mv: &Move) -> Option<Handle> {
             let peers = pairs.iter().map(|(c, s)| (underlay(c + 1), Lease::new(underlay(c + 1), subnet(*s))));
             cell.leases(own, &peers.collect());
         }
-        Move::UnderlayMtu(mtu) => cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu })),
+        Move::UnderlayMtu(mtu) => {
+            cell.underlay(Some(UnderlayDevice { index: device, mtu: *mtu }));
+            let misfits: Vec<_> = cell.misfits().map(|(container, mtu)| (container.addr, mtu)).collect();
+            misfits.into_iter().for_each(|(addr, mtu)| cell.fit(addr, mtu));
+        }
         Move::Policies(all) => cell.policies(by_app(all.iter().map(policy))),
         Move::Router(tag) => cell.router(tag_of(*tag)),
         Move::Guard(ours) => cell.guard(if *ours { Guard::Ours } else { Guard::Iptables }),
@@ -313,6 +329,9 @@ impl KernelModel {
             }
             (Object::Peer(_), _) if !self.holds.contains_key(&Key::Vtep) => return Err("no such device"),
             (Object::Link(link), None) if !newborn.contains(&link.handle) => return Err("no namespace"),
+            (Object::Shaping(shaping), _) if !self.holds.contains_key(&Key::Link(shaping.addr)) => {
+                return Err("no such device");
+            }
             _ => {}
         }
         self.holds.insert(change.key.clone(), Belief::Holds(will.clone()));
@@ -341,7 +360,22 @@ impl KernelModel {
             }
         }
         if *key == Key::Vtep {
-            self.holds.retain(|key, _| matches!(key, Key::Link(_) | Key::Firewall(_)));
+            self.holds.retain(|key, _| matches!(key, Key::Link(_) | Key::Shaping(_) | Key::Firewall(_)));
+        }
+        if let Key::Link(addr) = key {
+            self.lose_shaping(*addr);
+        }
+    }
+
+    /// Queues go with their link, the device for what the container sends does not.
+    fn lose_shaping(&mut self, addr: OverlayAddr) {
+        let key = Key::Shaping(addr);
+        match self.holds.get(&key) {
+            Some(Belief::Holds(Object::Shaping(shaping))) if shaping.bandwidth.from.is_none() => {
+                self.holds.remove(&key);
+            }
+            Some(_) => drop(self.holds.insert(key, Belief::Unknown)),
+            None => {}
         }
     }
 
@@ -357,6 +391,10 @@ impl KernelModel {
                 let addr = cell.roster().get(&handle(*n))?.0.addr;
                 damage(Key::Link(addr));
             }
+            Accident::ShapingDamaged(n) => {
+                let addr = cell.roster().get(&handle(*n))?.0.addr;
+                damage(Key::Shaping(addr));
+            }
             Accident::TableDeleted => self.holds.retain(|key, _| !key.is_firewall()),
             Accident::FirewallDamaged(n) => {
                 let parts: Vec<Key> = self.holds.keys().filter(|key| key.is_firewall()).cloned().collect();
@@ -371,7 +409,9 @@ impl KernelModel {
             }
             Accident::LinkGone(n) => {
                 let key = Key::Link(cell.roster().get(&handle(*n))?.0.addr);
-                return self.holds.remove(&key).map(|_| key);
+                let there = self.holds.contains_key(&key);
+                self.remove(&key);
+                return there.then_some(key);
             }
         }
         None

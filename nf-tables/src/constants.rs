@@ -196,7 +196,12 @@ constants! {
     }
     /// For the family inet.
     (3, 14) &str { REJECT = "reject"; }
-    (4, 1) &str { DYNSET = "dynset"; }
+    (4, 1) &str {
+        DYNSET = "dynset";
+        EXTHDR = "exthdr";
+        BYTEORDER = "byteorder";
+    }
+    (4, 10) &str { RT = "rt"; }
     (4, 18) &str { CONNLIMIT = "connlimit"; }
     /// For the family inet.
     (5, 2) &str {
@@ -271,6 +276,30 @@ constants! {
     (4, 5) u16 { NFTA_LIMIT_FLAGS = 5; }
     (4, 6) u16 { NFTA_MASQ_REG_PROTO_MIN = 2; }
     (4, 8) u16 { NFTA_LOOKUP_FLAGS = 5; }
+    (3, 13) u16 {
+        NFTA_EXTHDR_TYPE = 2;
+        NFTA_EXTHDR_OFFSET = 3;
+        NFTA_EXTHDR_LEN = 4;
+        NFTA_BYTEORDER_SREG = 1;
+        NFTA_BYTEORDER_DREG = 2;
+        NFTA_BYTEORDER_OP = 3;
+        NFTA_BYTEORDER_LEN = 4;
+        NFTA_BYTEORDER_SIZE = 5;
+    }
+    (4, 10) u16 {
+        NFTA_RT_DREG = 1;
+        NFTA_RT_KEY = 2;
+    }
+    (4, 11) u16 {
+        NFTA_EXTHDR_FLAGS = 5;
+        NFTA_EXTHDR_OP = 6;
+    }
+    (4, 14) u16 { NFTA_EXTHDR_SREG = 7; }
+    (3, 13) u32 { NFT_BYTEORDER_HTON = 1; }
+    (4, 11) u32 { NFT_EXTHDR_OP_TCPOPT = 1; }
+    (4, 14) u32 { NFT_RT_TCPMSS = 3; }
+    /// linux/tcp.h.
+    (2, 6) u8 { TCPOPT_MSS = 2; }
     (4, 18) u16 {
         NFTA_CONNLIMIT_COUNT = 1;
         NFTA_CONNLIMIT_FLAGS = 2;

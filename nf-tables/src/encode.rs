@@ -211,6 +211,25 @@ fn expression(out: &mut Writer, expression: &Expression, sets: &SetIds) {
             out.be32(NFTA_PAYLOAD_OFFSET, *offset);
             out.be32(NFTA_PAYLOAD_LEN, *len);
         }),
+        Expression::PathSegment { to } => named(RT, &|out| {
+            out.be32(NFTA_RT_DREG, register(*to));
+            out.be32(NFTA_RT_KEY, NFT_RT_TCPMSS);
+        }),
+        Expression::ToNetwork { from, to } => named(BYTEORDER, &|out| {
+            out.be32(NFTA_BYTEORDER_SREG, register(*from));
+            out.be32(NFTA_BYTEORDER_DREG, register(*to));
+            out.be32(NFTA_BYTEORDER_OP, NFT_BYTEORDER_HTON);
+            out.be32(NFTA_BYTEORDER_LEN, 2);
+            out.be32(NFTA_BYTEORDER_SIZE, 2);
+        }),
+        Expression::LowerSegment { from } => named(EXTHDR, &|out| {
+            out.be32(NFTA_EXTHDR_SREG, register(*from));
+            out.byte(NFTA_EXTHDR_TYPE, TCPOPT_MSS);
+            // Behind the option's kind and length.
+            out.be32(NFTA_EXTHDR_OFFSET, 2);
+            out.be32(NFTA_EXTHDR_LEN, 2);
+            out.be32(NFTA_EXTHDR_OP, NFT_EXTHDR_OP_TCPOPT);
+        }),
         Expression::Bitwise { from, to, mask, xor } => named(BITWISE, &|out| {
             out.be32(NFTA_BITWISE_SREG, register(*from));
             out.be32(NFTA_BITWISE_DREG, register(*to));

@@ -35,6 +35,21 @@ pub enum Expression {
         len: u32,
         to: Slot,
     },
+    /// Loads the TCP segment that fits the packet's path and the way back, in 16 bits of the machine's order: the least MTU
+    /// that the routes have, less 40 or 60 bytes (IPv4, IPv6).
+    PathSegment {
+        to: Slot,
+    },
+    /// Puts 16 bits in the network's order.
+    ToNetwork {
+        from: Slot,
+        to: Slot,
+    },
+    /// Makes the packet's largest TCP segment (option 2, RFC 9293) what the register holds, in the network's order, if it
+    /// is larger. A packet without that option does not match.
+    LowerSegment {
+        from: Slot,
+    },
     /// `to = (from & mask) ^ xor`; both of one length.
     Bitwise {
         from: Slot,

@@ -11,6 +11,8 @@ use crate::name::Name;
 use crate::rule::{Chain, Rule, Verdict};
 use crate::set::{Data, Ranges};
 
+/// IPPROTO_TCP.
+const TCP: u8 = 6;
 /// Jumps within jumps that the kernel follows (NFT_JUMP_STACK_SIZE); it refuses programs that need more.
 const DEPTH: usize = 16;
 
@@ -202,6 +204,16 @@ impl<'p> Run<'p> {
                 let found = found.to_vec();
                 self.write(*to, &found);
             }
+            // How long a packet may be on its way decides nothing.
+            Expression::PathSegment { to } => self.write(*to, &u16::MAX.to_ne_bytes()),
+            Expression::ToNetwork { from, to } => {
+                let mut bytes = self.read(*from, 2).to_vec();
+                if cfg!(target_endian = "little") {
+                    bytes.reverse();
+                }
+                self.write(*to, &bytes);
+            }
+            Expression::LowerSegment { .. } => return Ok(packet.protocol == TCP),
             Expression::Bitwise { from, to, mask, xor } => {
                 let bytes = self.read(*from, mask.len()).iter().zip(mask).zip(xor);
                 let bytes: Vec<u8> = bytes.map(|((byte, mask), xor)| (byte & mask) ^ xor).collect();

@@ -96,6 +96,10 @@ struct Running<K> {
     table_touched: bool,
     forgetting: bool,
     forgetting_fails: bool,
+    /// Containers' ends are being told of another MTU.
+    fitting: bool,
+    /// Those that cannot be.
+    unfit: BTreeSet<OverlayAddr>,
     /// The roster has changed since the directory was published.
     roster_changed: bool,
     /// What was taken last from the policy server's answers, and the policies among it.
@@ -122,6 +126,8 @@ impl<K: Kernel> Task<K> {
             table_touched: false,
             forgetting: false,
             forgetting_fails: false,
+            fitting: false,
+            unfit: BTreeSet::new(),
             roster_changed: true,
             taken: Applied::default(),
             policies: Arc::default(),
@@ -138,6 +144,7 @@ impl<K: Kernel> Task<K> {
         }
         running.sweep().await;
         running.wave(Vec::new()).await;
+        running.follow_mtu();
         Ok(Started(running))
     }
 
@@ -318,7 +325,7 @@ impl<K: Kernel> Running<K> {
         match request {
             // The caller is gone, so nothing is made that it would have to take back.
             Request::Add { reply, .. } if reply.is_closed() => {}
-            Request::Add { wanted, namespace, reply } => match self.task.cell.add(wanted) {
+            Request::Add { wanted, namespace, reply } => match self.task.cell.add(*wanted) {
                 Ok(container) => {
                     namespaces.insert(container.addr, Arc::clone(&namespace));
                     self.report_ports(&container);
@@ -362,6 +369,7 @@ impl<K: Kernel> Running<K> {
                 (self.forgetting, self.forgetting_fails) = (false, false);
                 self.task.cell.forgotten(&addrs);
             }
+            Request::Fitted(outcomes) => self.fitted(outcomes),
             Request::NotForgotten(why) => {
                 self.forgetting = false;
                 if !std::mem::replace(&mut self.forgetting_fails, true) {
@@ -411,7 +419,7 @@ impl<K: Kernel> Running<K> {
         for change in step.changes() {
             if !outcome.failed.contains_key(&change.key) {
                 self.reported.remove(&change.key);
-                if matches!(change.key, Key::Link(_) | Key::Firewall(_)) {
+                if matches!(change.key, Key::Link(_) | Key::Shaping(_) | Key::Firewall(_)) {
                     debug!(%change, "applied")
                 } else {
                     info!(%change, "applied")
@@ -419,7 +427,8 @@ impl<K: Kernel> Running<K> {
             }
         }
         for Fault { key, why } in self.task.cell.settle(step, &outcome) {
-            let newborn = matches!(&key, Key::Link(addr) if namespaces.contains_key(addr));
+            let newborn =
+                matches!(&key, Key::Link(addr) | Key::Shaping(addr) if namespaces.contains_key(addr));
             // A caller hears of its own link; everything else is for the log, once until it is mended.
             if !newborn && self.reported.insert(key.clone()) {
                 self.task.metrics.refused();
@@ -432,7 +441,8 @@ impl<K: Kernel> Running<K> {
     fn answer(&self, asked: Asked, failed: &BTreeMap<Key, Reason>) {
         match asked {
             Asked::Delete { addrs, reply } => {
-                let failed = addrs.into_iter().find_map(|addr| failed.get(&Key::Link(addr)).cloned());
+                let keys = addrs.into_iter().flat_map(|addr| [Key::Link(addr), Key::Shaping(addr)]);
+                let failed = keys.into_iter().find_map(|key| failed.get(&key).cloned());
                 drop(reply.send(failed.map_or(Ok(()), Err)));
             }
             Asked::LogC2c { on, reply } => {
@@ -440,11 +450,11 @@ impl<K: Kernel> Running<K> {
                 drop(reply.send(failed.map_or(Ok(on), Err)));
             }
             Asked::Add { container, namespace, reply } => {
-                let spec = LinkSpec::of(&container);
-                if let Some(why) = failed.get(&Key::Link(spec.addr)) {
+                if let Some(why) = failed.get(&Key::Link(container.addr)) {
                     drop(reply.send(Err(why.clone())));
                     return;
                 }
+                let spec = LinkSpec::of(&container);
                 let inbox = self.task.inbox.clone();
                 let metrics = Arc::clone(&self.task.metrics);
                 tokio::spawn(async move { lay_inside(spec, namespace, reply, inbox, &metrics).await });

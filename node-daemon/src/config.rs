@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 use weft_daemon::log::Format;
 use weft_daemon::tls::Files;
 use weft_model::address::{DeviceName, UnderlayAddr};
-use weft_model::cell::{CellConfig, OverlayIngress};
+use weft_model::cell::{CellConfig, OverlayIngress, VXLAN_OVERHEAD};
 use weft_model::follow::Intervals;
 use weft_model::subnet::{OverlayNetwork, SubnetKind};
 
@@ -57,8 +57,9 @@ pub struct Config {
     /// The device for the overlay's frames, if not the one that has `underlay_ip`.
     #[serde(default)]
     pub vxlan_interface_name: Option<DeviceName>,
-    /// Bytes of the largest packet on the overlay; 0: what the underlay's device carries, less 50.
-    #[serde(default)]
+    /// Bytes of the largest packet on the underlay that carries one of the overlay, which has 50 less; 0: what its device
+    /// carries.
+    #[serde(default, deserialize_with = "outer_mtu")]
     pub mtu: u32,
     /// One address instead of a block: a machine without containers that speaks on the overlay.
     #[serde(default)]
@@ -288,7 +289,7 @@ impl Config {
             vtep_port: self.vtep_port,
             underlay: self.underlay_ip,
             overlay: self.overlay_network,
-            mtu: (self.mtu != 0).then_some(self.mtu),
+            mtu: (self.mtu != 0).then(|| self.mtu.saturating_sub(VXLAN_OVERHEAD)),
             policy: !self.disable_container_network_policy,
             cut: self.cut_connections_of_removed_policies,
             ingress: match (self.enable_overlay_ingress_rules, self.single_ip_only) {
@@ -323,6 +324,15 @@ impl Config {
 
     pub fn wants(&self) -> SubnetKind {
         if self.single_ip_only { SubnetKind::Single } else { SubnetKind::Block }
+    }
+}
+
+/// RFC 791: every IPv4 module must forward 68 bytes without fragmenting, and so the overlay.
+fn outer_mtu<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    const LEAST: u32 = 68 + VXLAN_OVERHEAD;
+    match u32::deserialize(deserializer)? {
+        mtu @ (0 | LEAST..) => Ok(mtu),
+        less => Err(de::Error::custom(format!("{less} is neither 0 nor {LEAST} or more"))),
     }
 }
 
@@ -400,6 +410,7 @@ mod tests {
             ("runbook_endpoints", json!({"debug_address": "0.0.0.0:8721"})),
             ("runbook_endpoints", json!({"debug_port": 8721})),
             ("cell_id", json!("")),
+            ("mtu", json!(117)),
             ("no_such_field", json!(1)),
         ] {
             let mut config = minimal();
@@ -410,6 +421,15 @@ mod tests {
         let mut config = minimal();
         config.as_object_mut().expect("object").remove("key_file");
         assert!(load(&config).expect_err("missing").contains("key_file"));
+    }
+
+    #[test]
+    fn the_mtu_is_that_of_the_underlays_packet() {
+        for (outer, inner) in [(0, None), (118, Some(68)), (1500, Some(1450))] {
+            let mut config = minimal();
+            config["mtu"] = json!(outer);
+            assert_eq!(load(&config).expect("valid").cell().mtu, inner);
+        }
     }
 
     /// The error for an unknown field lists all that are known.

@@ -32,7 +32,7 @@ pub type Reply<T> = oneshot::Sender<Result<T, Reason>>;
 #[derive(Debug)]
 pub enum Request {
     Add {
-        wanted: Wanted,
+        wanted: Box<Wanted>,
         namespace: Arc<OwnedFd>,
         reply: Reply<LinkSpec>,
     },
@@ -69,6 +69,8 @@ pub enum Request {
     Forgotten(BTreeSet<OverlayAddr>),
     /// They could not be looked for; they are tried again later.
     NotForgotten(Reason),
+    /// Containers' ends of links that were given another MTU, each with how that went.
+    Fitted(Vec<(LinkSpec, Result<(), Reason>)>),
 }
 
 #[derive(Debug, Clone)]
@@ -149,6 +151,7 @@ impl Inbox {
 impl Calls for Inbox {
     async fn add(&self, wanted: Wanted, namespace: OwnedFd) -> Result<LinkSpec, Reason> {
         let namespace = Arc::new(namespace);
+        let wanted = Box::new(wanted);
         self.ask("ADD", |reply| Request::Add { wanted, namespace, reply }).await
     }
 

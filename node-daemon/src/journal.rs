@@ -136,6 +136,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use weft_model::address::OverlayAddr;
+    use weft_model::bandwidth::Bandwidth;
     use weft_model::cell::Roster;
     use weft_model::container::{Container, Owner};
 
@@ -145,11 +146,14 @@ mod tests {
             addr: OverlayAddr::new([10, 255, 1, n].into()),
             interface: "eth0".parse().expect("name"),
             mtu: 1450,
+            wanted_mtu: None,
+            namespace: String::new(),
             owner: Owner { app_id: "app".into(), ..Owner::default() },
             ports: Vec::new(),
             network: "weft".into(),
             profile: None,
             passed: None,
+            bandwidth: Bandwidth::default(),
         }))
     }
 

@@ -10,6 +10,7 @@
 //!  rules     the firewall's changes, one transaction for a step, after one for new sets; and what is in its table
 //!  lay       what a step lays            delete    links away, on threads of their own
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
+//!  shaping   a container's limits
 //!  inside    a link's inner end, in the container's namespace      sysctl    what no attribute carries
 //!  carrier   when a new link passes packets
 //!  events    notifications               conntrack connections of a former address
@@ -28,6 +29,7 @@ pub mod nflog;
 mod rules;
 pub mod ruleset_events;
 mod see;
+mod shaping;
 mod socket;
 mod sysctl;
 

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use weft_daemon::http::{self, Health};
 use weft_daemon::log::Level;
 use weft_daemon::tls::TlsError;
-use weft_model::cell::{Cell, VXLAN_OVERHEAD};
+use weft_model::cell::Cell;
 use weft_model::firewall::Guard;
 use weft_model::follow::Ids;
 use weft_model::keeper::{Act, Keeper, LeaseState};
@@ -73,12 +73,13 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
     let mut kernel = Netlink::open(config.vtep_name.clone())?;
     let device = kernel.underlay(config.underlay_ip, config.vxlan_interface_name.as_ref()).await;
     let device = device.context("underlay_ip")?;
-    let fits = device.mtu.saturating_sub(VXLAN_OVERHEAD);
-    anyhow::ensure!(
-        config.mtu <= fits,
-        "mtu: {} is more than the {fits} bytes that the underlay carries within VXLAN; lower it, or set 0",
-        config.mtu
-    );
+    if config.mtu > device.mtu {
+        warn!(
+            configured = config.mtu,
+            underlay = device.mtu,
+            "mtu is more than the underlay carries; less is used"
+        );
+    }
     // Listening before the first look, so that nothing falls between.
     let events = events::watch(config.vtep_name.clone(), device.index)?;
     let touched = ruleset_events::touches(kernel.rules_port())?;

@@ -122,6 +122,11 @@ fn ip(arguments: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Devices of limits.
+fn limited() -> usize {
+    ip("-o link show type ifb").matches(": i-").count()
+}
+
 fn links() -> usize {
     ip("-o link").lines().filter(|line| line.contains(": s-")).count()
 }
@@ -200,10 +205,10 @@ impl World {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let status = self.inbox.status().await;
-            if status.containers.is_empty() && status.free_addresses == 5 && links() == 0 {
+            if status.containers.is_empty() && status.free_addresses == 5 && links() + limited() == 0 {
                 return;
             }
-            assert!(Instant::now() < deadline, "{status:?}, {} links", links());
+            assert!(Instant::now() < deadline, "{status:?}, {} links, {} limited", links(), limited());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -235,20 +240,21 @@ fn within<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
 fn whichever_change_of_an_add_fails_nothing_is_left_and_the_next_one_works() {
     within(async || {
         let world = World::start(own_lease()).await;
-        for n in 0..3 {
+        // Who has limits both ways has the most that can fail.
+        for n in 0..4 {
             world.fail(n);
-            let added = world.add(1, namespace()).await;
+            let added = world.add(3, namespace()).await;
             world.fails.store(NEVER, Ordering::Relaxed);
             match added {
                 Err(reason) => assert!(reason.to_string().contains("injected"), "{reason}"),
                 Ok(_) => {
-                    assert!(n > 0, "the first change of an ADD is its link");
-                    world.delete(1).await.unwrap();
+                    assert!(n > 1, "the first changes of an ADD are its link and its limits");
+                    world.delete(3).await.unwrap();
                 }
             }
             world.empty().await;
         }
-        world.add(1, namespace()).await.unwrap();
+        world.add(3, namespace()).await.unwrap();
         assert_eq!(links(), 1);
     });
 }
@@ -351,14 +357,18 @@ async fn wait_for(done: impl Fn() -> bool, what: &str) {
 fn a_delete_that_fails_is_said_so_and_succeeds_when_asked_again() {
     within(async || {
         let world = World::start(own_lease()).await;
-        let kept = namespace();
-        world.add(1, kept.try_clone().unwrap()).await.unwrap();
-        world.fail(0);
-        let reason = world.delete(1).await.unwrap_err();
-        assert!(reason.to_string().contains("injected"), "{reason}");
-        world.delete(1).await.unwrap();
-        world.delete(1).await.unwrap();
-        world.empty().await;
+        // Its limits, and its link.
+        for n in 0..2 {
+            let kept = namespace();
+            world.add(3, kept.try_clone().unwrap()).await.unwrap();
+            assert_eq!(limited(), 1);
+            world.fail(n);
+            let reason = world.delete(3).await.unwrap_err();
+            assert!(reason.to_string().contains("injected"), "{reason}");
+            world.delete(3).await.unwrap();
+            world.delete(3).await.unwrap();
+            world.empty().await;
+        }
     });
 }
 

@@ -33,6 +33,11 @@ fn ip(arguments: &str) -> bool {
     output.status.success()
 }
 
+fn tc(arguments: &str) -> bool {
+    let output = Command::new("tc").args(arguments.split_whitespace()).output().expect("run tc (iproute2)");
+    output.status.success()
+}
+
 fn nft(arguments: &str) -> bool {
     let output = Command::new("nft").args(arguments.split_whitespace()).output().expect("run nft (nftables)");
     output.status.success()
@@ -141,6 +146,16 @@ impl Walker {
                         0 => ip(&format!("link set {name} down")),
                         1 => ip(&format!("addr flush dev {name}")),
                         _ => ip(&format!("neigh del {addr} dev {name}")),
+                    };
+                }
+            }
+            Accident::ShapingDamaged(n) => {
+                if let Some((_, addr, name)) = link(*n) {
+                    let device = weft_model::bandwidth::device_name(addr);
+                    match n % 3 {
+                        0 => ip(&format!("link del {device}")),
+                        1 => tc(&format!("qdisc del dev {name} root")),
+                        _ => tc(&format!("qdisc del dev {name} ingress")),
                     };
                 }
             }

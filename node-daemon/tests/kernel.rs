@@ -16,3 +16,5 @@ mod nflog;
 mod objects;
 #[path = "kernel/packets.rs"]
 mod packets;
+#[path = "kernel/shaping.rs"]
+mod shaping;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 pub use settings::{settings_from, settings_to};
 use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
+use weft_model::bandwidth::{Bandwidth, Limit};
 use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::lease::{Changes, Cursor, Digest, Epoch, Holder, Lease, Revision};
 use weft_model::profile::{Known, Settings};
@@ -159,6 +160,8 @@ pub struct Asked {
     /// As [`garden`](weft_model::asg::garden) reads them.
     pub net_out_rules: Vec<u8>,
     pub network: String,
+    pub bandwidth: Bandwidth,
+    pub namespace: String,
 }
 
 pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
@@ -179,13 +182,27 @@ pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {
         settings: request.settings.map_or_else(|| Ok(Settings::default()), settings_from)?,
         net_out_rules: request.net_out_rules,
         network: request.network,
+        bandwidth: Bandwidth {
+            to: limit_from("receives", request.receives)?,
+            from: limit_from("sends", request.sends)?,
+        },
+        namespace: request.namespace,
     })
 }
 
 /// `profile` is what its workload, settings and rules come to.
 pub fn wanted(asked: Asked, profile: Arc<Known>) -> cell::Wanted {
-    let Asked { handle, interface, mtu, owner, ports, network, .. } = asked;
-    cell::Wanted { handle, interface, mtu, owner, ports, network, profile }
+    let Asked { handle, interface, mtu, owner, ports, network, bandwidth, namespace, .. } = asked;
+    cell::Wanted { handle, interface, mtu, owner, ports, network, profile, bandwidth, namespace }
+}
+
+fn limit_from(field: &str, limit: Option<node::Limit>) -> Result<Option<Limit>, Reason> {
+    let limit = limit.map(|limit| Limit::new(limit.rate, limit.burst)).transpose();
+    limit.map_err(|why| invalid(field, why))
+}
+
+pub fn limit_to(limit: Limit) -> node::Limit {
+    node::Limit { rate: limit.rate(), burst: limit.burst() }
 }
 
 fn ports_from(ports: Vec<node::PortMapping>) -> Result<Vec<container::PortMapping>, Reason> {

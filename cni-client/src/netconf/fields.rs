@@ -76,6 +76,11 @@ impl<'a> Fields<'a> {
         number.ok_or_else(|| self.wrong(field, value, "a whole number above 0"))
     }
 
+    pub(super) fn number(&self, field: &str) -> Result<u64, Reason> {
+        let Some(value) = self.get(field)? else { return Ok(0) };
+        value.as_u64().ok_or_else(|| self.wrong(field, value, "a whole number"))
+    }
+
     pub(super) fn list(&self, field: &str) -> Result<Vec<Value>, Reason> {
         match self.get(field)? {
             None => Ok(Vec::new()),

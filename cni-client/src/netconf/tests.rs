@@ -1,6 +1,7 @@
 use std::num::NonZeroU32;
 
 use serde_json::json;
+use weft_model::bandwidth::Limit;
 
 use super::*;
 
@@ -44,8 +45,8 @@ fn what_is_absent_or_null_is_as_by_default() {
         "name": "n", "mtu": null, "metadata": null, "dns_servers": null, "host_tcp_services": null,
         "host_udp_services": null, "deny_networks": {"always": null}, "outbound_connections": {},
         "no_masquerade_cidr_range": null, "iptables_asg_logging": null, "iptables_denied_logs_per_sec": null,
-        "iptables_accepted_udp_logs_per_sec": null, "deny_cloud_metadata": null,
-        "runtimeConfig": {"portMappings": null, "netOutRules": null},
+        "iptables_accepted_udp_logs_per_sec": null, "deny_cloud_metadata": null, "rate": null, "burst": 0,
+        "runtimeConfig": {"portMappings": null, "netOutRules": null, "bandwidth": null},
     });
     assert_eq!(addition(&null), plain);
     assert_eq!(addition(&json!({"runtimeConfig": null, "no_masquerade_cidr_range": ""})), plain);
@@ -53,6 +54,18 @@ fn what_is_absent_or_null_is_as_by_default() {
         addition(&json!({"deny_networks": null, "outbound_connections": null, "dns_servers": []})),
         plain
     );
+}
+
+#[test]
+fn limits_have_silks_units_or_those_of_the_conventions() {
+    let limit = |rate, burst| Some(Limit::new(rate, burst).expect("a limit"));
+    // silk's template multiplies by 1024, and the plugin that it uses divides bits by 8.
+    let silks = addition(&json!({"rate": 10_240, "burst": 1024}));
+    let (to, from) = (limit(1_310_720, 131_072), limit(1_310_720, 131_072));
+    assert_eq!(silks.bandwidth, Bandwidth { to, from });
+    let asked = json!({"ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 0, "egressBurst": 0});
+    let conventional = addition(&json!({"rate": 1, "burst": 1, "runtimeConfig": {"bandwidth": asked}}));
+    assert_eq!(conventional.bandwidth, Bandwidth { to: limit(1_000_000, 100_000), from: None });
 }
 
 #[test]
@@ -141,6 +154,14 @@ const WRONG: &[(&str, &str, &str)] = &[
     (r#""mtu":"big""#, "mtu", "bytes"),
     (r#""mtu":-1"#, "mtu", "`-1`"),
     (r#""metadata":[]"#, "metadata", "object"),
+    (r#""rate":1024"#, "burst", "as well"),
+    (r#""burst":1024"#, "rate", "as well"),
+    (r#""rate":-1,"burst":1"#, "rate", "`-1`"),
+    (r#""rate":1,"burst":"much""#, "burst", "whole number"),
+    (r#""rate":18446744073709551615,"burst":1"#, "rate", "more than"),
+    (r#""rate":1,"burst":34000000"#, "rate", "more than"),
+    (r#""runtimeConfig":{"bandwidth":1}"#, "runtimeConfig.bandwidth", "object"),
+    (r#""runtimeConfig":{"bandwidth":{"egressRate":1}}"#, "runtimeConfig.bandwidth.egressBurst", "as well"),
     (r#""dns_servers":["169.254.0.2","banana"]"#, "dns_servers", r#"invalid DNS server "banana""#),
     (r#""dns_servers":[1]"#, "dns_servers", "`1` is not a text"),
     (r#""dns_servers":"1.1.1.1""#, "dns_servers", "list"),
@@ -237,7 +258,7 @@ proptest::proptest! {
 
     #[test]
     fn any_json_becomes_a_configuration_or_a_reason(
-        key in "cniVersion|name|mtu|socket|metadata|prevResult|dns_servers|deny_networks|outbound_connections|runtimeConfig|cni.dev/valid-attachments",
+        key in "cniVersion|name|mtu|socket|metadata|prevResult|dns_servers|deny_networks|outbound_connections|runtimeConfig|rate|cni.dev/valid-attachments",
         value in "[0-9a-z\\[\\]{}\",:.-]{0,30}",
     ) {
         let conf = format!(r#"{{"name":"n","{key}":{value}}}"#);

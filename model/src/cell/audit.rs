@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::unit::plan;
 use super::{Belief, Cell, Key, Object, Presence, Record, Seen, Unit};
+use crate::bandwidth::Bandwidth;
 use crate::container::{Container, Handle, Owner};
 
 /// What was looked at.
@@ -76,16 +77,23 @@ impl Cell {
                 && self.inputs.roster.with_addr(*addr).is_none()
                 && self.inputs.roster.get(&link.handle).is_none()
             {
+                let bandwidth = match seen.get(&Key::Shaping(*addr)) {
+                    Some(Belief::Holds(Object::Shaping(shaping))) => shaping.bandwidth,
+                    _ => Bandwidth::default(),
+                };
                 let container = Container {
                     handle: link.handle.clone(),
                     addr: *addr,
                     interface: link.interface.clone(),
                     mtu: link.mtu,
+                    wanted_mtu: Some(link.mtu).filter(|mtu| self.inputs.mtu() != Some(*mtu)),
+                    namespace: String::new(),
                     owner: Owner::default(),
                     ports: Vec::new(),
                     network: String::new(),
                     profile: None,
                     passed: None,
+                    bandwidth,
                 };
                 self.record(Record::Present(Arc::new(container)));
                 self.replan(Unit::Container(link.handle.clone()));

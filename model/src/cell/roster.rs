@@ -26,6 +26,8 @@ pub enum Record {
     Present(Arc<Container>),
     /// The container has another profile now.
     Assigned(Handle, Digest),
+    /// The container's link carries packets of this length now.
+    Fitted(Handle, u32),
     /// The container is wanted no more; its link may still be there, so name and address stay taken.
     Leaving(Handle),
     /// The link with this address is gone from the kernel. The address rests until its connections are gone too.
@@ -99,6 +101,11 @@ impl Roster {
                     kept.in_force += 1;
                     let before = Arc::make_mut(container).profile.replace(*digest);
                     self.let_go(before, |kept| &mut kept.in_force);
+                }
+            }
+            Record::Fitted(handle, mtu) => {
+                if let Some((container, _)) = self.containers.get_mut(handle) {
+                    Arc::make_mut(container).mtu = *mtu;
                 }
             }
             Record::Leaving(handle) => {

@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 
 use crate::address::{DeviceName, HardwareAddr, OverlayAddr, UnderlayAddr};
+use crate::bandwidth::ShapingSpec;
 use crate::firewall::{Content, Part, is_leased};
 use crate::link::LinkSpec;
 use crate::reason::Reason;
@@ -19,6 +20,8 @@ pub enum Key {
     Peer(OverlaySubnet),
     /// One container's veth pair.
     Link(OverlayAddr),
+    /// The limits on one container's link.
+    Shaping(OverlayAddr),
     /// Something on our VTEP that belongs to no peer. Seen, never wanted.
     Stray(Stray),
     /// A part of the firewall's program.
@@ -34,7 +37,7 @@ impl Key {
     pub fn is_overlay(&self) -> bool {
         match self {
             Self::Vtep | Self::Peer(_) | Self::Stray(_) => true,
-            Self::Link(_) => false,
+            Self::Link(_) | Self::Shaping(_) => false,
             Self::Firewall(part) => is_leased(part),
         }
     }
@@ -56,6 +59,7 @@ pub enum Object {
     Vtep(VtepSpec),
     Peer(PeerSpec),
     Link(LinkSpec),
+    Shaping(ShapingSpec),
     Firewall(Content),
 }
 
@@ -151,6 +155,7 @@ impl fmt::Display for Key {
             Self::Vtep => write!(f, "vtep"),
             Self::Peer(subnet) => write!(f, "peer {subnet}"),
             Self::Link(addr) => write!(f, "link {addr}"),
+            Self::Shaping(addr) => write!(f, "shaping of {addr}"),
             Self::Stray(Stray::Route { dst, gateway }) => write!(f, "stray route {dst} via {gateway}"),
             Self::Stray(Stray::Neighbour(addr)) => write!(f, "stray neighbour {addr}"),
             Self::Stray(Stray::Forward(mac)) => write!(f, "stray forwarding entry {mac}"),

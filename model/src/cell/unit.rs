@@ -6,9 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::address::{DeviceName, UnderlayAddr};
+use crate::bandwidth::ShapingSpec;
 use crate::cell::roster::{Presence, Roster};
 use crate::cell::step::{Key, Object, PeerSpec, VtepSpec};
-use crate::container::Handle;
+use crate::container::{Container, Handle};
 use crate::firewall::{
     Base, Guard, Limit, Planned, app, base, exposed, leased, limit, limits_of, member, profile, settings,
 };
@@ -85,6 +86,12 @@ impl Inputs {
     pub fn mtu(&self) -> Option<u32> {
         let fits = self.device?.mtu.saturating_sub(VXLAN_OVERHEAD);
         Some(self.config.mtu.map_or(fits, |mtu| mtu.min(fits)))
+    }
+
+    /// The largest packet that a container's link should carry: what was asked for, as far as that fits now.
+    pub fn link_mtu(&self, container: &Container) -> Option<u32> {
+        let fits = self.mtu()?;
+        Some(container.wanted_mtu.map_or(fits, |mtu| mtu.min(fits)))
     }
 
     /// The routers' tag, unless policies say that it is an app's, as they may when the policy server has lost its data:
@@ -168,6 +175,8 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
                     planned.extend(firewall(exposed(container)));
                 }
                 planned.push((Key::Link(container.addr), Object::Link(LinkSpec::of(container))));
+                let shaping = ShapingSpec::of(container);
+                planned.extend(shaping.map(|spec| (Key::Shaping(spec.addr), Object::Shaping(spec))));
                 planned
             }
             _ => Vec::new(),

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use nf_tables::{Base as Hooked, Chain, Data, Field, Hook, Key, Kind, Ranges, Rule, Set, Target};
 
-use super::draft::{ESTABLISHED, INVALID, Part as Of, RELATED, TCP, UDP, rule};
+use super::draft::{ESTABLISHED, INVALID, NEW, Part as Of, RELATED, TCP, UDP, rule};
 use super::{Content, Guard, INGRESS, INGRESS_CONNECTION, Part, Planned, REFUSED, chain, element, name, set};
 use crate::address::DeviceName;
 use crate::cell::{CellConfig, OverlayIngress};
@@ -197,6 +197,7 @@ impl Base<'_> {
         }
         rules.extend([
             rule("established").state(ESTABLISHED | RELATED).accept(),
+            rule("segments that fit the path").fit_segment().go_on(),
             rule("to a container of this cell").out_by_link().goto("newcomers"),
             rule("to another cell").out_by(&self.config.vtep_name).goto("to-overlay"),
         ]);
@@ -212,8 +213,12 @@ impl Base<'_> {
             true => rules.extend([
                 rule("an answer").state(ESTABLISHED).answers(true).let_in(),
                 rule("related").state(RELATED).let_in(),
+                rule("segments that fit the path").state(NEW).fit_segment().go_on(),
             ]),
-            false => rules.push(rule("established").state(ESTABLISHED | RELATED).let_in()),
+            false => rules.extend([
+                rule("established").state(ESTABLISHED | RELATED).let_in(),
+                rule("segments that fit the path").fit_segment().go_on(),
+            ]),
         }
         rules.push(rule("new").goto("newcomers"));
         rules

@@ -229,6 +229,15 @@ impl Draft {
         ])
     }
 
+    /// Makes the largest TCP segment that a connection's first packets ask for fit the path. Others have no such option.
+    pub(super) fn fit_segment(self) -> Self {
+        self.protocol(TCP).add([
+            Expression::PathSegment { to: FIRST },
+            Expression::ToNetwork { from: FIRST, to: FIRST },
+            Expression::LowerSegment { from: FIRST },
+        ])
+    }
+
     pub(super) fn counted(self) -> Self {
         self.add([Expression::Stateful(Stateful::Counter)])
     }

@@ -21,6 +21,12 @@ fn spoken(item: Attributes<'_>) -> Option<Expression> {
         META => meta(data),
         CT => ct(data),
         PAYLOAD => payload(data),
+        RT => {
+            let to = slot(data, NFTA_RT_DREG)?;
+            (data.be32(NFTA_RT_KEY)? == NFT_RT_TCPMSS).then_some(Expression::PathSegment { to })
+        }
+        BYTEORDER => to_network(data),
+        EXTHDR => lower_segment(data),
         BITWISE => bitwise(data),
         CMP => compare(data),
         IMMEDIATE => immediate(data),
@@ -119,6 +125,23 @@ fn payload(data: Attributes<'_>) -> Option<Expression> {
         // Without one it writes to the packet.
         to: slot(data, NFTA_PAYLOAD_DREG)?,
     })
+}
+
+fn to_network(data: Attributes<'_>) -> Option<Expression> {
+    let short = data.be32(NFTA_BYTEORDER_LEN)? == 2 && data.be32(NFTA_BYTEORDER_SIZE)? == 2;
+    (short && data.be32(NFTA_BYTEORDER_OP)? == NFT_BYTEORDER_HTON).then_some(Expression::ToNetwork {
+        from: slot(data, NFTA_BYTEORDER_SREG)?,
+        to: slot(data, NFTA_BYTEORDER_DREG)?,
+    })
+}
+
+fn lower_segment(data: Attributes<'_>) -> Option<Expression> {
+    let plain = data.byte(NFTA_EXTHDR_TYPE)? == TCPOPT_MSS
+        && data.be32(NFTA_EXTHDR_OP)? == NFT_EXTHDR_OP_TCPOPT
+        && (data.be32(NFTA_EXTHDR_OFFSET)?, data.be32(NFTA_EXTHDR_LEN)?) == (2, 2)
+        && data.be32(NFTA_EXTHDR_FLAGS).unwrap_or_default() == 0;
+    // Without a source it loads the option.
+    plain.then_some(Expression::LowerSegment { from: slot(data, NFTA_EXTHDR_SREG)? })
 }
 
 fn bitwise(data: Attributes<'_>) -> Option<Expression> {

@@ -259,6 +259,16 @@ pub(crate) fn program() -> Program {
             ],
         ),
         rule("answers", [Expression::Ct { load: Connection::Direction, to: Slot(0) }, is(0, &[1]), accept()]),
+        rule(
+            "segments",
+            [
+                meta(Metadata::Protocol, 0),
+                is(0, &[6]),
+                Expression::PathSegment { to: Slot(0) },
+                Expression::ToNetwork { from: Slot(0), to: Slot(0) },
+                Expression::LowerSegment { from: Slot(0) },
+            ],
+        ),
         then("profiles", [source(0), look("profiles", Lookup::Verdict)]),
     ];
     let prerouting = vec![then(

@@ -73,8 +73,17 @@ pub(crate) fn program() -> impl Strategy<Value = Program> {
 #[derive(Debug, Clone)]
 enum Phrase {
     Plain(Vec<Expression>),
-    Lookup { set: Index, inverted: bool, start: u8 },
-    Update { set: Index, with: Vec<Stateful> },
+    Lookup {
+        set: Index,
+        inverted: bool,
+        start: u8,
+    },
+    Update {
+        set: Index,
+        with: Vec<Stateful>,
+    },
+    /// Where packets have a path only.
+    Segment(u8),
     End(u8),
     Comment(String),
 }
@@ -86,6 +95,7 @@ fn phrases() -> impl Strategy<Value = Vec<Phrase>> {
             .prop_map(|(set, inverted, start)| Phrase::Lookup { set, inverted, start: start * 4 }),
         1 => (any::<Index>(), prop::collection::vec(stateful(), 0..3))
             .prop_map(|(set, with)| Phrase::Update { set, with }),
+        1 => (0u8..16).prop_map(Phrase::Segment),
         1 => any::<u8>().prop_map(Phrase::End),
         1 => "[ -~é]{0,100}".prop_map(Phrase::Comment),
     ];
@@ -167,6 +177,15 @@ fn rule(chain: &str, phrases: &[Phrase], sets: &BTreeMap<Name, (Set, Filled)>) -
         match phrase {
             Phrase::Comment(text) => rule.comment.clone_from(text),
             _ if ended => {}
+            Phrase::Segment(_) if chain != "forwarded" => {}
+            Phrase::Segment(slot) => {
+                let slot = Slot(*slot);
+                rule.expressions.extend([
+                    Expression::PathSegment { to: slot },
+                    Expression::ToNetwork { from: slot, to: slot },
+                    Expression::LowerSegment { from: slot },
+                ]);
+            }
             Phrase::Plain(expressions) => rule.expressions.extend(expressions.clone()),
             Phrase::Lookup { set, inverted, start } => {
                 let (of, set) = *set.get(&all);

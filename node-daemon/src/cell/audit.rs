@@ -1,14 +1,19 @@
 //! Looking at the kernel: what differs from what was believed is logged once, and repaired by the next step.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 use weft_model::cell::{Belief, Drift, Presence, Scope};
-use weft_model::link;
+use weft_model::container::Container;
+use weft_model::link::{self, LinkSpec};
+use weft_model::reason::Reason;
 
 use super::{AUDIT, Running, chain};
-use crate::kernel::Kernel;
+use crate::inbox::Request;
+use crate::kernel::{Kernel, inside};
 
 impl<K: Kernel> Running<K> {
     pub(super) async fn audit(&mut self) {
@@ -34,6 +39,7 @@ impl<K: Kernel> Running<K> {
         }
         self.look(Scope::Links).await;
         self.sweep().await;
+        self.follow_mtu();
     }
 
     /// What a DEL would do, for containers whose namespace has ended: a DEL may never come. A container that lost its
@@ -55,6 +61,50 @@ impl<K: Kernel> Running<K> {
                 }
             }
             Err(error) => error!(error = %chain(&error), "namespaces not read; no container is deleted"),
+        }
+    }
+
+    /// The ends of links within containers come first, each in its namespace; then the cell's (see `Cell::fit`).
+    pub(super) fn follow_mtu(&mut self) {
+        let fit = |(container, mtu): (&Arc<Container>, u32)| {
+            let spec = LinkSpec { mtu, ..LinkSpec::of(container) };
+            (spec, PathBuf::from(&container.namespace))
+        };
+        let misfits: Vec<_> = self.task.cell.misfits().map(fit).collect();
+        self.unfit.retain(|addr| misfits.iter().any(|(spec, _)| spec.addr == *addr));
+        if misfits.is_empty() || std::mem::replace(&mut self.fitting, true) {
+            return;
+        }
+        let inbox = self.task.inbox.clone();
+        tokio::spawn(async move {
+            let fit = move || {
+                let one = |(spec, namespace): (LinkSpec, PathBuf)| {
+                    let outcome = inside::fit(&namespace, &spec);
+                    (spec, outcome)
+                };
+                misfits.into_iter().map(one).collect()
+            };
+            inbox.tell(Request::Fitted(spawn_blocking(fit).await.unwrap_or_default())).await;
+        });
+    }
+
+    pub(super) fn fitted(&mut self, outcomes: Vec<(LinkSpec, Result<(), Reason>)>) {
+        self.fitting = false;
+        for (LinkSpec { addr, handle, mtu, .. }, outcome) in outcomes {
+            match outcome {
+                Ok(()) => {
+                    info!(%handle, mtu, "link follows the underlay's MTU");
+                    self.unfit.remove(&addr);
+                    self.task.cell.fit(addr, mtu);
+                }
+                // It may have left meanwhile, and then nobody has to know.
+                Err(why) => {
+                    let there = self.task.cell.roster().get(&handle).is_some();
+                    if there && self.unfit.insert(addr) {
+                        warn!(%handle, %why, "container's end not reached; its link keeps its MTU");
+                    }
+                }
+            }
         }
     }
 

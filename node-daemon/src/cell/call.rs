@@ -126,10 +126,15 @@ impl<K: Kernel> Running<K> {
             (is, will) => is.is_none() && will.is_none(),
         };
         let mut rules = self.task.cell.rules_of(&container);
-        match rules.find(|key| !whole(key)) {
-            Some(key) => Err(damaged(&format!("its rules are not whole: {key}"))),
-            None => Ok(spec),
+        if let Some(key) = rules.find(|key| !whole(key)) {
+            return Err(damaged(&format!("its rules are not whole: {key}")));
         }
+        let shaping = Key::Shaping(spec.addr);
+        let limited = self.task.cell.wanted().get(&shaping).cloned().map(Belief::Holds);
+        if seen.get(&shaping) != limited.as_ref() {
+            return Err(damaged("its bandwidth is limited in another way"));
+        }
+        Ok(spec)
     }
 }
 

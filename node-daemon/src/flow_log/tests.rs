@@ -11,6 +11,7 @@ use futures::stream;
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use weft_model::address::OverlayAddr;
+use weft_model::bandwidth::Bandwidth;
 use weft_model::container::Owner;
 use weft_model::traffic::Packet;
 
@@ -44,11 +45,14 @@ fn directory() -> Arc<Directory> {
         addr: OverlayAddr::new(CONTAINER),
         interface: "eth0".parse().expect("name"),
         mtu: 1450,
+        wanted_mtu: None,
+        namespace: String::new(),
         owner: Owner::default(),
         ports: Vec::new(),
         network: String::new(),
         profile: None,
         passed: None,
+        bandwidth: Bandwidth::default(),
     };
     let entered = Entered { container: Arc::new(container), profile: Some(Arc::default()) };
     Arc::new(Directory { by_addr: [(CONTAINER, entered)].into(), ..Directory::default() })

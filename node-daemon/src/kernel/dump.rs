@@ -36,6 +36,8 @@ pub(super) struct Device {
     pub(super) flags: LinkFlags,
     pub(super) alias: Option<String>,
     pub(super) forwarding: bool,
+    /// The kind of its queue.
+    pub(super) queue: Option<String>,
     pub(super) vxlan: Option<Vec<InfoVxlan>>,
 }
 
@@ -152,6 +154,7 @@ pub(super) fn device(message: Rtnl) -> Option<Device> {
             LinkAttribute::Address(bytes) => device.mac = mac(&bytes),
             LinkAttribute::Mtu(mtu) => device.mtu = mtu,
             LinkAttribute::IfAlias(alias) => device.alias = Some(alias),
+            LinkAttribute::Qdisc(kind) => device.queue = Some(kind),
             LinkAttribute::LinkInfo(info) => device.vxlan = vxlan(info),
             LinkAttribute::AfSpecUnspec(families) => {
                 for conf in families.iter().filter_map(ipv4_conf) {

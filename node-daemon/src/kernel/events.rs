@@ -1,6 +1,6 @@
 //! That something changed in the cell's network namespace: a reason to look again, and to look now.
 //!
-//! Woken by: the kernel's notifications on links, addresses, routes and neighbours. Emits: [`Event`]. Our own changes
+//! Woken by: the kernel's notifications on links, addresses, routes, neighbours and queues. Emits: [`Event`]. Our own changes
 //! are announced as well, and several at once: the reader gathers before it looks.
 
 use std::collections::VecDeque;
@@ -17,16 +17,16 @@ use tokio::io::unix::AsyncFd;
 use weft_model::address::{DeviceName, OverlayAddr};
 
 use super::dump::{RouteSocket, device, transient};
-use super::see::addr_of;
+use super::see::{addr_of, shaped_addr_of};
 use super::socket::NetlinkSocket;
 use super::{KernelError, message};
 
-/// RTMGRP_LINK, RTMGRP_NEIGH, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h).
-const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40;
+/// RTMGRP_LINK, RTMGRP_NEIGH, RTMGRP_TC, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE (linux/rtnetlink.h).
+const GROUPS: u32 = 0x1 | 0x4 | 0x8 | 0x10 | 0x40;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
-    /// Of the VXLAN device, a container's link, the underlay's device, or any address: what is there may not be what
+    /// Of the VXLAN device, a container's link or limits, the underlay's device, or any address: what is there may not be what
     /// is believed.
     Changed,
     /// The link of this container is gone: we deleted it, or its namespace has ended.
@@ -103,13 +103,13 @@ impl Watch {
                 if name == self.vtep.as_str() {
                     self.vtep_index = Some(link.header.index);
                 }
-                self.is_ours(link.header.index) || addr_of(name).is_some()
+                self.is_ours(link.header.index) || addr_of(name).or_else(|| shaped_addr_of(name)).is_some()
             }
             Rtnl::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
                 if let Some(addr) = addr_of(name(link)?) {
                     return Some(Event::LinkGone(addr));
                 }
-                self.is_ours(link.header.index)
+                self.is_ours(link.header.index) || shaped_addr_of(name(link)?).is_some()
             }
             Rtnl::NewAddress(_) | Rtnl::DelAddress(_) => true,
             Rtnl::NewRoute(route) | Rtnl::DelRoute(route) => {
@@ -120,6 +120,13 @@ impl Watch {
             // Entries that come and go with traffic say nothing. But somebody's deletion also looks like a failure.
             Rtnl::NewNeighbour(entry) | Rtnl::DelNeighbour(entry) => {
                 self.is_on_ours(entry) && (by != 0 || !transient(entry.header.state))
+            }
+            Rtnl::NewQueueDiscipline(of)
+            | Rtnl::DelQueueDiscipline(of)
+            | Rtnl::NewTrafficFilter(of)
+            | Rtnl::DelTrafficFilter(of) => {
+                let index = of.header.index.cast_unsigned();
+                weft_model::link::is_index(index) || weft_model::bandwidth::is_device_index(index)
             }
             _ => false,
         };

@@ -2,15 +2,18 @@
 //! and ends. No container can hold up the cell's own task.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::thread;
 
+use netlink_packet_route::link::{LinkAttribute, LinkFlags};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sched::{CloneFlags, setns};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use weft_model::link::{GATEWAY, LinkSpec};
 use weft_model::reason::Reason;
 
-use super::dump::{RouteSocket, routes};
+use super::dump::{Device, RouteSocket, links, routes};
 use super::see::Tables;
 use super::socket::NetlinkSocket;
 use super::{message, sysctl};
@@ -32,6 +35,32 @@ pub fn lay(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
             }
         }
         sysctl::ipv6_off(&spec.interface).map_err(|e| failed("switch IPv6 off on", spec, &e))
+    })
+}
+
+/// Gives the inner end another MTU. The namespace's file may be gone, or lead anywhere: what counts is that the container's
+/// end is there.
+pub fn fit(namespace: &Path, spec: &LinkSpec) -> Result<(), Reason> {
+    // A file that blocks is none of a namespace.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let opened = openat(CWD, namespace, flags, Mode::empty());
+    let opened = opened.map_err(|why| Reason::NamespaceGone {
+        path: namespace.display().to_string(),
+        why: why.to_string(),
+    })?;
+    enter(opened.as_fd(), spec, || {
+        let mut socket = open(spec)?;
+        let devices = links(&mut socket).map_err(|e| failed("read", spec, &e))?;
+        let ours = |device: &Device| (device.index, device.mac) == (spec.index(), Some(spec.container_mac()));
+        if !devices.iter().any(ours) {
+            return Err(failed("find", spec, &io::ErrorKind::NotFound.into()));
+        }
+        let mtu = vec![LinkAttribute::Mtu(spec.mtu)];
+        let request = message::set_link("fit", spec.index(), mtu, LinkFlags::empty());
+        let outcomes = socket.batch(vec![(request.message, request.flags)]);
+        let refused =
+            outcomes.map_err(|e| failed(request.operation, spec, &e))?.into_iter().find_map(Result::err);
+        refused.map_or(Ok(()), |refusal| Err(failed(request.operation, spec, &refusal.into())))
     })
 }
 

@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 
 use nix::libc::{EEXIST, ENODEV};
-use weft_model::address::{DeviceName, HardwareAddr};
+use weft_model::address::{DeviceName, HardwareAddr, OverlayAddr};
+use weft_model::bandwidth::device_name;
 use weft_model::cell::{Belief, Change, Key, Object, Outcome, PeerSpec, Step, Stray, VtepSpec};
 use weft_model::link::{LinkSpec, host_name};
 use weft_model::reason::Reason;
@@ -18,7 +19,7 @@ use super::dump::{self, Device, RouteSocket};
 use super::message::{self, Request};
 use super::rules::RulesSocket;
 use super::socket::Refusal;
-use super::{Namespaces, sysctl};
+use super::{Namespaces, shaping, sysctl};
 
 /// One step on its way through the kernel.
 pub(super) struct Work<'a> {
@@ -112,6 +113,7 @@ impl Work<'_> {
             .into_iter()
             .filter_map(|key| match key {
                 Key::Link(addr) => Some((host_name(*addr), key)),
+                Key::Shaping(addr) => Some((device_name(*addr), key)),
                 _ => None,
             })
             .collect();
@@ -139,6 +141,10 @@ impl Work<'_> {
                     let mend = (!anew).then(|| message::mend(spec));
                     mend.into_iter().chain(message::host_end(spec)).collect()
                 }
+                (Key::Shaping(addr), Some(Object::Shaping(spec))) => {
+                    shaping::lay(spec, change.was.as_ref(), self.namespaces.contains_key(addr))
+                }
+                (Key::Shaping(addr), None) if !goes(step, *addr) => shaping::unlay(*addr),
                 _ => Vec::new(),
             };
             all.extend(requests.into_iter().map(|request| (&change.key, request)));
@@ -333,7 +339,16 @@ fn links(step: &Step) -> impl Iterator<Item = (&Key, &LinkSpec)> {
 
 fn removed_links(step: &Step) -> Vec<&Key> {
     let removed = step.changes().filter(|change| change.will.is_none());
-    removed.map(|change| &change.key).filter(|key| matches!(key, Key::Link(_))).collect()
+    let device = |change: &&Change| match (&change.key, &change.was) {
+        (Key::Shaping(_), Some(Belief::Holds(Object::Shaping(spec)))) => spec.bandwidth.from.is_some(),
+        (key, _) => matches!(key, Key::Link(_) | Key::Shaping(_)),
+    };
+    removed.filter(device).map(|change| &change.key).collect()
+}
+
+/// Whether a container's link is taken away, and with it all that stands on it.
+fn goes(step: &Step, addr: OverlayAddr) -> bool {
+    step.changes().any(|change| change.key == Key::Link(addr) && change.will.is_none())
 }
 
 /// A device of our name that is not of our kind belongs to somebody: it is neither changed nor deleted.

@@ -48,11 +48,11 @@ pub(super) struct Request {
     pub(super) tolerates: &'static [i32],
 }
 
-fn request(operation: &'static str, message: Rtnl, flags: u16) -> Request {
+pub(super) fn request(operation: &'static str, message: Rtnl, flags: u16) -> Request {
     Request { operation, message, flags, tolerates: &[] }
 }
 
-fn deletion(operation: &'static str, message: Rtnl) -> Request {
+pub(super) fn deletion(operation: &'static str, message: Rtnl) -> Request {
     Request { operation, message, flags: 0, tolerates: ABSENT }
 }
 
@@ -179,7 +179,7 @@ fn ipv4(conf: InetDevConf) -> LinkAttribute {
 }
 
 /// No IPv6 address comes by itself. A message of its own: without IPv6 the kernel refuses the whole message.
-fn no_link_local(index: u32) -> Request {
+pub(super) fn no_link_local(index: u32) -> Request {
     let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
     let attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])])];
     let message = set_link("keep IPv6 addresses from", index, attributes, LinkFlags::empty());

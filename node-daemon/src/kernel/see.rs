@@ -12,6 +12,7 @@ use netlink_packet_route::link::{InfoVxlan, LinkFlags};
 use netlink_packet_route::route::{RouteAttribute, RouteType};
 use nix::libc::{EACCES, EHOSTUNREACH, EINVAL, ENETUNREACH};
 use weft_model::address::{DeviceName, HardwareAddr, OverlayAddr, UnderlayAddr};
+use weft_model::bandwidth::{device_index, device_name};
 use weft_model::cell::{Belief, Key, Object, PeerSpec, Seen, Stray, UnderlayDevice, VtepSpec};
 use weft_model::firewall::explain::Route as Leads;
 use weft_model::link::{self, GATEWAY, LinkSpec, host_name};
@@ -21,6 +22,7 @@ use super::dump::{
     Address, Device, Neighbour, Route, RouteSocket, addresses, forwards, links, neighbours, routes,
 };
 use super::message::{self, VNI};
+use super::shaping::Buckets;
 
 /// Links, addresses and neighbours of a network namespace.
 #[derive(Debug)]
@@ -38,6 +40,7 @@ pub(super) fn see(socket: &mut RouteSocket, vtep: &DeviceName) -> io::Result<See
         (device.index == link::index(addr)).then(|| (Key::Link(addr), tables.link(device, addr)))
     });
     let mut seen: Seen = links.collect();
+    tables.shaping(socket, &mut seen)?;
     if let Some(device) = tables.links.values().find(|device| device.name == vtep.as_str()) {
         seen.insert(Key::Vtep, tables.vtep(device));
         let (routes, forwards) = (routes(socket, device.index)?, forwards(socket, device.index)?);
@@ -77,13 +80,22 @@ pub(super) fn route(socket: &mut RouteSocket, to: Ipv4Addr) -> io::Result<Leads>
 
 /// The container address in the name of a link's cell end.
 pub(super) fn addr_of(name: &str) -> Option<OverlayAddr> {
-    let digits = name.strip_prefix("s-").filter(|digits| digits.len() == 12 && digits.is_ascii())?;
+    addr_in(name, host_name)
+}
+
+/// The one in the name of the device that a container's limits have.
+pub(super) fn shaped_addr_of(name: &str) -> Option<OverlayAddr> {
+    addr_in(name, device_name)
+}
+
+fn addr_in(name: &str, names: fn(OverlayAddr) -> DeviceName) -> Option<OverlayAddr> {
+    let digits = name.get(2..).filter(|digits| digits.len() == 12 && digits.is_ascii())?;
     let mut octets = [0; 4];
     for (n, octet) in octets.iter_mut().enumerate() {
         *octet = digits[n * 3..n * 3 + 3].parse().ok()?;
     }
     let addr = OverlayAddr::new(octets.into());
-    (host_name(addr).as_str() == name).then_some(addr)
+    (names(addr).as_str() == name).then_some(addr)
 }
 
 impl Tables {
@@ -114,6 +126,29 @@ impl Tables {
             .then_some(Object::Link(spec))
         };
         whole().map_or(Belief::Unknown, Belief::Holds)
+    }
+
+    /// Where no link and no device has a token bucket, nothing more is read.
+    fn shaping(&self, socket: &mut RouteSocket, seen: &mut Seen) -> io::Result<()> {
+        let limited =
+            |device: &&Device| addr_of(&device.name).is_some() && device.queue.as_deref() == Some("tbf");
+        let links = self.links.values().filter(limited).filter_map(|device| addr_of(&device.name));
+        let mut devices: BTreeMap<OverlayAddr, Option<bool>> = links.map(|addr| (addr, None)).collect();
+        for device in self.links.values() {
+            if let Some(addr) = shaped_addr_of(&device.name) {
+                let sound = device.index == device_index(addr) && device.flags.contains(LinkFlags::Up);
+                devices.insert(addr, Some(sound));
+            }
+        }
+        if devices.is_empty() {
+            return Ok(());
+        }
+        let buckets = Buckets::read(socket)?;
+        for (addr, device) in devices {
+            let belief = buckets.of(socket, addr, device)?;
+            seen.extend(belief.map(|belief| (Key::Shaping(addr), belief)));
+        }
+        Ok(())
     }
 
     fn vtep(&self, device: &Device) -> Belief {

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use weft_model::asg::group::SecurityGroup;
 use weft_model::asg::{EgressRule, Traffic};
+use weft_model::bandwidth::Bandwidth;
 use weft_model::cell::{Cell, Wanted};
 use weft_model::container::{Container, Owner};
 use weft_model::follow::Subject;
@@ -244,6 +245,8 @@ impl Play {
             mtu: None,
             owner: owner.clone(),
             network: "weft".into(),
+            bandwidth: Bandwidth::default(),
+            namespace: String::new(),
             ports: Vec::new(),
             profile: Arc::clone(&profile),
         };
@@ -257,8 +260,11 @@ impl Play {
             addr: link.addr,
             interface: link.interface,
             mtu: link.mtu,
+            wanted_mtu: None,
             owner,
             network: "weft".into(),
+            bandwidth: Bandwidth::default(),
+            namespace: String::new(),
             ports: Vec::new(),
             profile: Some(profile.digest()),
             passed: Some(profile.digest()),

@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use weft_model::bandwidth::Bandwidth;
 use weft_model::cell::{Cell, CellConfig, Key, Object, OverlayIngress, Step, Wanted};
 use weft_model::container::{Handle, Owner, PortMapping};
 use weft_model::firewall::explain::{Explanation, Probe, Route, explain};
@@ -173,6 +174,8 @@ impl Site {
             ports: ports.iter().map(|(h, c)| PortMapping { host: port(*h), container: port(*c) }).collect(),
             network: "weft".into(),
             profile: Arc::new(profile.into()),
+            bandwidth: Bandwidth::default(),
+            namespace: String::new(),
         };
         let space = Space::bare();
         let container = self.cell.add(wanted).expect("added");

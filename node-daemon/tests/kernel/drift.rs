@@ -11,7 +11,7 @@ use weft_node::kernel::events::{Event, watch};
 
 use crate::world::{Cell, addr, held, key, lay, link};
 
-fn listen(cell: &Cell) -> BoxStream<'static, Event> {
+pub(crate) fn listen(cell: &Cell) -> BoxStream<'static, Event> {
     let (name, underlay) = (cell.vtep.name.clone(), cell.vtep.device);
     let runtime = tokio::runtime::Handle::current();
     cell.space.enter(move || {
@@ -20,7 +20,7 @@ fn listen(cell: &Cell) -> BoxStream<'static, Event> {
     })
 }
 
-async fn next(events: &mut BoxStream<'static, Event>, after: &str) -> Event {
+pub(crate) async fn next(events: &mut BoxStream<'static, Event>, after: &str) -> Event {
     let event = timeout(Duration::from_secs(10), events.next()).await;
     event.unwrap_or_else(|_| panic!("not announced: {after}")).expect("the stream does not end")
 }
@@ -132,7 +132,7 @@ async fn drift_is_seen_announced_and_mended() {
     }
 }
 
-async fn mend(cell: &mut Cell, wanted: &[Object]) {
+pub(crate) async fn mend(cell: &mut Cell, wanted: &[Object]) {
     let seen = cell.see().await;
     let vtep_is_new = seen.get(&Key::Vtep).is_none_or(|belief| *belief == Belief::Unknown);
     let differs = wanted.iter().filter(|object| {

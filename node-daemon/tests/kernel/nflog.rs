@@ -9,6 +9,7 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+use weft_model::bandwidth::Bandwidth;
 use weft_model::container::{Container, Owner};
 use weft_model::link::{self, LinkSpec};
 use weft_model::traffic::{Decision, Direction, Protocol, Record, Totals};
@@ -217,12 +218,15 @@ async fn lines_and_suppressed_counts_reach_the_file() {
         handle: spec.handle.clone(),
         addr: spec.addr,
         interface: spec.interface.clone(),
-        mtu: spec.mtu,
+        mtu: 1450,
+        wanted_mtu: None,
+        namespace: String::new(),
         owner: Owner { app_id: "app-1".into(), ..Owner::default() },
         ports: Vec::new(),
         network: String::new(),
         profile: None,
         passed: None,
+        bandwidth: Bandwidth::default(),
     };
     let entered = Entered { container: Arc::new(container), profile: None };
     let directory = Directory { by_addr: [(spec.addr.get(), entered)].into(), ..Directory::default() };

@@ -100,6 +100,7 @@ pub(crate) fn key(object: &Object) -> Key {
         Object::Vtep(_) => Key::Vtep,
         Object::Peer(spec) => Key::Peer(spec.subnet),
         Object::Link(spec) => Key::Link(spec.addr),
+        Object::Shaping(spec) => Key::Shaping(spec.addr),
         Object::Firewall(_) => panic!("the firewall's parts have names of their own"),
     }
 }

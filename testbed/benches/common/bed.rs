@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::runtime::Runtime;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
+use weft_model::bandwidth::Bandwidth;
 use weft_model::cell::{Cell, CellConfig, OverlayIngress, Step, Wanted};
 use weft_model::container::{Handle, Owner};
 use weft_model::lease::{Lease, Peers};
@@ -160,6 +161,8 @@ pub(crate) fn wanted(name: &str, interface: &str, profile: Arc<Known>) -> Result
         owner: Owner::default(),
         ports: Vec::new(),
         network: "weft".into(),
+        bandwidth: Bandwidth::default(),
+        namespace: String::new(),
         profile,
     })
 }

@@ -4,6 +4,7 @@
 use super::*;
 use serde_json::{Value, json};
 use weft_model::address::OverlayAddr;
+use weft_model::bandwidth::Bandwidth;
 use weft_model::container::Owner;
 use weft_model::link;
 use weft_model::traffic::{Packet, Protocol};
@@ -33,11 +34,14 @@ fn who(handle: &str) -> Container {
         addr: OverlayAddr::new([10, 255, 30, 2].into()),
         interface: "eth0".parse().expect("name"),
         mtu: 1450,
+        wanted_mtu: None,
+        namespace: String::new(),
         owner,
         ports: Vec::new(),
         network: String::new(),
         profile: None,
         passed: None,
+        bandwidth: Bandwidth::default(),
     }
 }
 
