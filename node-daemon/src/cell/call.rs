@@ -116,6 +116,11 @@ impl<K: Kernel> Running<K> {
             Some(_) => return Err(damaged("the cell's end of its link is not whole")),
             None => return Err(damaged("its link is gone")),
         }
+        let shaping = Key::Shaping(spec.addr);
+        let limited = self.task.cell.wanted().get(&shaping).cloned().map(Belief::Holds);
+        if seen.get(&shaping) != limited.as_ref() {
+            return Err(damaged("its bandwidth is limited in another way"));
+        }
         let route = self.task.kernel.route(spec.addr.get()).await.map_err(|error| error.reason())?;
         if route != Route::Device(spec.host_name()) {
             return Err(damaged("the cell's route to it is gone"));
@@ -128,11 +133,6 @@ impl<K: Kernel> Running<K> {
         let mut rules = self.task.cell.rules_of(&container);
         if let Some(key) = rules.find(|key| !whole(key)) {
             return Err(damaged(&format!("its rules are not whole: {key}")));
-        }
-        let shaping = Key::Shaping(spec.addr);
-        let limited = self.task.cell.wanted().get(&shaping).cloned().map(Belief::Holds);
-        if seen.get(&shaping) != limited.as_ref() {
-            return Err(damaged("its bandwidth is limited in another way"));
         }
         Ok(spec)
     }
