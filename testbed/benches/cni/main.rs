@@ -2,6 +2,7 @@
 //! their parts cost alone. Plugins are spawned directly from threads that are in the cell already, so the
 //! driver adds nothing but the spawn. docs/benchmarks.md says what each figure means.
 
+mod lists;
 mod parts;
 
 use std::collections::VecDeque;
@@ -13,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use lists::List;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use serde::Serialize;
-use weft_testbed::external_networker::{Request, said};
+use weft_testbed::external_networker::said;
 use weft_testbed::lab::Cell;
 use weft_testbed::{Lab, Options, interrupt};
 
@@ -30,9 +32,12 @@ struct Arguments {
     /// One JSON document instead of a table
     #[arg(long)]
     json: bool,
-    /// Containers per row
-    #[arg(long, default_value_t = 100)]
+    /// Containers per row and round
+    #[arg(long, default_value_t = 40)]
     count: usize,
+    /// Rounds, in each of which every row has its turn
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
     /// Pairs of ADD and DEL in the last rows, 20 at once
     #[arg(long, default_value_t = 1000)]
     pairs: usize,
@@ -60,6 +65,10 @@ struct Row {
     present: usize,
     /// Calls at the same time.
     parallel: usize,
+    /// Rules of each container's security groups.
+    rules: usize,
+    /// `known`: a list that others have as well; `new`: one that nobody has.
+    list: &'static str,
     failed: usize,
     #[serde(flatten)]
     times: Times,
@@ -67,6 +76,8 @@ struct Row {
     client_cpu_ms: f64,
     /// Per call: the daemon, all threads; in units of the clock tick, so meaningful over many calls only.
     node_cpu_ms: f64,
+    /// Containers per second, from the first spawn of a batch to the last reaping.
+    per_second: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -110,22 +121,79 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
-    let calls = |prefix| Calls { cell, prefix, present: 0 };
-    let mut rows = Vec::new();
-    let mut preload = calls("present");
-    for present in [0, 50, 200] {
-        progress(&format!("with {present} containers present"));
-        preload.grow_to(present)?;
-        for parallel in [1, PARALLEL] {
-            calls("warm-up").measured(present, 1, WARM_UPS)?;
-            rows.extend(calls("run").measured(present, parallel, arguments.count)?);
-        }
+/// A row in the making: what its rounds said.
+struct Case {
+    present: usize,
+    parallel: usize,
+    list: List,
+    rounds: Vec<[Row; 2]>,
+}
+
+fn cases() -> Vec<Case> {
+    let case = |present, parallel, list| Case { present, parallel, list, rounds: Vec::new() };
+    let mut cases = Vec::new();
+    for present in [0, 200] {
+        cases.extend([10, 100, 1000].map(|rules| case(present, 1, List::known(rules))));
+        cases.push(case(present, PARALLEL, List::known(10)));
     }
-    preload.shrink()?;
+    cases.extend([10, 100, 1000].map(|rules| case(0, 1, List::new(rules))));
+    cases.sort_by_key(|case| case.present);
+    cases
+}
+
+fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
+    let calls = |prefix, list| Calls { cell, prefix, present: 0, list };
+    // Somebody has the lists that are known.
+    let mut holders: Vec<Calls<'_>> = [10, 100, 1000]
+        .into_iter()
+        .zip(["holds-10", "holds-100", "holds-1000"])
+        .map(|(rules, name)| calls(name, List::known(rules)))
+        .collect();
+    for holder in &mut holders {
+        holder.grow_to(1)?;
+    }
+    let mut preload = calls("present", List::known(10));
+    let mut cases = cases();
+    for round in 0..arguments.rounds {
+        progress(&format!("round {} of {}", round + 1, arguments.rounds));
+        for case in &mut cases {
+            preload.grow_to(case.present)?;
+            calls("warm-up", case.list).measured(case.present, 1, WARM_UPS)?;
+            let run = calls("run", case.list);
+            case.rounds.push(run.measured(case.present, case.parallel, arguments.count)?);
+        }
+        preload.shrink()?;
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    for case in cases {
+        let (adds, dels): (Vec<Row>, Vec<Row>) = case.rounds.into_iter().map(|[add, del]| (add, del)).unzip();
+        rows.extend([median(adds), median(dels)].into_iter().flatten());
+    }
     progress(&format!("{} pairs, {PARALLEL} at once", arguments.pairs));
-    rows.extend(calls("pair").measured(0, PARALLEL, arguments.pairs)?);
+    rows.extend(calls("pair", List::known(10)).measured(0, PARALLEL, arguments.pairs)?);
+    for holder in &mut holders {
+        holder.shrink()?;
+    }
     Ok(rows)
+}
+
+/// Each figure is the median of the rounds; calls and failures are all there were.
+fn median(rounds: Vec<Row>) -> Option<Row> {
+    let of = |figure: fn(&Row) -> f64| {
+        let mut all: Vec<f64> = rounds.iter().map(figure).collect();
+        all.sort_by(f64::total_cmp);
+        all.get(all.len() / 2).copied().unwrap_or_default()
+    };
+    let times = Times {
+        count: rounds.iter().map(|row| row.times.count).sum(),
+        p50_ms: of(|row| row.times.p50_ms),
+        p95_ms: of(|row| row.times.p95_ms),
+        min_ms: of(|row| row.times.min_ms),
+    };
+    let (client_cpu_ms, node_cpu_ms) = (of(|row| row.client_cpu_ms), of(|row| row.node_cpu_ms));
+    let (failed, per_second) = (rounds.iter().map(|row| row.failed).sum(), of(|row| row.per_second));
+    let first = rounds.into_iter().next()?;
+    Some(Row { failed, times, client_cpu_ms, node_cpu_ms, per_second, ..first })
 }
 
 /// Calls of the plugin in one cell, with containers of its own.
@@ -133,6 +201,7 @@ struct Calls<'a> {
     cell: &'a Cell,
     prefix: &'static str,
     present: usize,
+    list: List,
 }
 
 /// How one call went.
@@ -149,6 +218,9 @@ impl Calls<'_> {
 
     fn grow_to(&mut self, count: usize) -> Result<()> {
         let new = self.handles(count).split_off(self.present);
+        if new.is_empty() {
+            return Ok(());
+        }
         self.namespaces(&new, true)?;
         none_failed(self.all("ADD", &new, 4)?)?;
         self.present = count;
@@ -156,7 +228,7 @@ impl Calls<'_> {
     }
 
     fn shrink(&mut self) -> Result<()> {
-        let all = self.handles(self.present);
+        let all = self.handles(std::mem::take(&mut self.present));
         none_failed(self.all("DEL", &all, 4)?)?;
         self.namespaces(&all, false)
     }
@@ -164,6 +236,7 @@ impl Calls<'_> {
     /// One at a time: each container comes and goes. Many at once: as many come, then they go.
     fn measured(&self, present: usize, parallel: usize, count: usize) -> Result<[Row; 2]> {
         let mut cpu = [[0.0; 2]; 2];
+        let mut elapsed = [Duration::ZERO; 2];
         let handles = self.handles(count);
         let mut calls: [Vec<Call>; 2] = Default::default();
         for batch in handles.chunks(parallel) {
@@ -171,7 +244,9 @@ impl Calls<'_> {
             self.namespaces(batch, true)?;
             for (index, verb) in ["ADD", "DEL"].into_iter().enumerate() {
                 let before = self.cpu()?;
+                let began = Instant::now();
                 calls[index].extend(self.all(verb, batch, parallel)?);
+                elapsed[index] += began.elapsed();
                 let after = self.cpu()?;
                 for side in 0..2 {
                     cpu[index][side] += after[side] - before[side];
@@ -180,7 +255,7 @@ impl Calls<'_> {
             self.namespaces(batch, false)?;
         }
         let [adds, dels] = calls;
-        let row = |verb: &'static str, calls: Vec<Call>, [client, node]: [f64; 2]| {
+        let row = |verb: &'static str, calls: Vec<Call>, [client, node]: [f64; 2], elapsed: Duration| {
             let failures: Vec<&String> = calls.iter().filter_map(|call| call.failure.as_ref()).collect();
             if let Some(first) = failures.first() {
                 eprintln!("bench: {} of {} {verb} failed, the first: {first}", failures.len(), calls.len());
@@ -192,13 +267,16 @@ impl Calls<'_> {
                 verb,
                 present,
                 parallel,
+                rules: self.list.rules,
+                list: self.list.name(),
                 failed,
                 times,
                 client_cpu_ms: client / all,
                 node_cpu_ms: node / all,
+                per_second: all / elapsed.as_secs_f64(),
             }
         };
-        Ok([row("ADD", adds, cpu[0]), row("DEL", dels, cpu[1])])
+        Ok([row("ADD", adds, cpu[0], elapsed[0]), row("DEL", dels, cpu[1], elapsed[1])])
     }
 
     /// Milliseconds spent so far by all ended children of this process, and by the node.
@@ -221,7 +299,7 @@ impl Calls<'_> {
         let mut prepared = VecDeque::new();
         for handle in handles {
             let input = match verb {
-                "ADD" => self.cell.add_input(&Request::app(handle))?.to_string(),
+                "ADD" => self.cell.add_input(&self.list.request(handle)?)?.to_string(),
                 _ => del.clone(),
             };
             let mut command = Command::new(self.cell.plugin_dir().join("weft-cni"));
@@ -275,8 +353,10 @@ impl Report {
     fn print(&self) {
         println!("{} cores, Linux {}, load before {:.2}\n", self.cores, self.kernel, self.load_before);
         println!(
-            "{:<5} {:>8} {:>9} {:>6} {:>7} {:>9} {:>9} {:>9} {:>11} {:>9}",
+            "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>10} {:>8} {:>6}",
             "",
+            "rules",
+            "list",
             "present",
             "parallel",
             "calls",
@@ -285,13 +365,16 @@ impl Report {
             "p95 ms",
             "min ms",
             "client CPU",
-            "node CPU"
+            "node CPU",
+            "per s"
         );
         for row in &self.rows {
             let times = &row.times;
             println!(
-                "{:<5} {:>8} {:>9} {:>6} {:>7} {:>9.2} {:>9.2} {:>9.2} {:>11.2} {:>9.2}",
+                "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>8.2} {:>6.0}",
                 row.verb,
+                row.rules,
+                row.list,
                 row.present,
                 row.parallel,
                 times.count + row.failed,
@@ -300,7 +383,8 @@ impl Report {
                 times.p95_ms,
                 times.min_ms,
                 row.client_cpu_ms,
-                row.node_cpu_ms
+                row.node_cpu_ms,
+                row.per_second
             );
         }
         println!("\n{:<72} {:>9} {:>9} {:>9}", "Parts alone", "p50 ms", "p95 ms", "min ms");
