@@ -228,7 +228,8 @@ impl Calls<'_> {
     }
 
     fn shrink(&mut self) -> Result<()> {
-        let all = self.handles(std::mem::take(&mut self.present));
+        let all = self.handles(self.present);
+        self.present = 0;
         none_failed(self.all("DEL", &all, 4)?)?;
         self.namespaces(&all, false)
     }
