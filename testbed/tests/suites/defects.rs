@@ -317,7 +317,9 @@ fn defect_16_the_traffic_log_names_containers_whole_and_as_of_the_packet() {
     options.cells = 1;
     // Five addresses, so that one comes back soon.
     options.controller.insert("subnet_prefix_length".into(), 29.into());
-    options.plugin = crate::world::object(&json!({"iptables_asg_logging": true}));
+    // The limit counts by address, and one comes back within a second here.
+    let logged = json!({"iptables_asg_logging": true, "iptables_denied_logs_per_sec": 100});
+    options.plugin = crate::world::object(&logged);
     let lab = Lab::up(&options).unwrap();
     let cell = &lab.cells[0];
     let name = |n: u32| format!("bfce786c-ab07-40ad-79f9-8f21bc6f229d-{n}");
