@@ -31,7 +31,7 @@ impl List {
     pub(super) fn request(self, handle: &str) -> Result<Request> {
         static GIVEN: AtomicU32 = AtomicU32::new(0);
         let number = GIVEN.fetch_add(1, Ordering::Relaxed);
-        let host = 61_000 + number % 2_000 * 2;
+        let host = 40_000 + number % 12_000 * 2;
         let list = if self.new { number + 1 } else { 0 };
         let port_mappings = json!([
             {"host_port": host, "container_port": ECHO_PORT},
