@@ -16,7 +16,7 @@ fail() { say "$*"; exit 1; }
 become_root() {
     [ "$(id -u)" = 0 ] && return
     command -v sudo >/dev/null || fail "needs root (network namespaces); run it as root"
-    exec sudo --preserve-env=CARGO_TARGET_DIR,WEFT_BIN_DIR,WEFT_PACKETS,WEFT_SEEDS,WEFT_PAIRS,PROPTEST_CASES,NO_COLOR \
+    exec sudo --preserve-env=CARGO_TARGET_DIR,WEFT_BIN_DIR,WEFT_PACKETS,WEFT_SEEDS,WEFT_PAIRS,WEFT_SCRIPTS,PROPTEST_CASES,NO_COLOR \
         -- "$root/scripts/${0##*/}" "$@"
 }
 
