@@ -86,10 +86,19 @@ impl Measured {
         Ok((cost, step))
     }
 
-    /// Both transactions of a change there and back, sent again; what they took, and the bytes of the first.
-    pub(crate) fn again(&mut self, there: &Step, back: &Step) -> Result<([Spent; 2], usize)> {
+    /// Both transactions of a change there and back, sent again; what they took, and the bytes of the first. `before` each
+    /// of them is done what was done before the change itself, so that both find the processor's caches alike.
+    pub(crate) fn again(
+        &mut self,
+        there: &Step,
+        back: &Step,
+        mut before: impl FnMut() -> Result<()>,
+    ) -> Result<([Spent; 2], usize)> {
         let [there, back] = [there, back].map(|step| transaction(&step.firewall));
-        Ok(([self.bare.send(&there)?, self.bare.send(&back)?], there.bytes.len()))
+        before()?;
+        let first = self.bare.send(&there)?;
+        before()?;
+        Ok(([first, self.bare.send(&back)?], there.bytes.len()))
     }
 }
 

@@ -180,7 +180,7 @@ impl Add {
             Ok(())
         })?;
         self.measured.bed.cell.forgotten(&[addr].into());
-        let ([bare, _], bytes) = self.measured.again(&there, &gone)?;
+        let ([bare, _], bytes) = self.measured.again(&there, &gone, || Ok(()))?;
         sample.cost = Cost { bare, ..cost };
         Ok((sample, bytes))
     }
@@ -238,7 +238,7 @@ impl Change {
         for _ in 0..repeat {
             let mut there = [Sample::default(); 2];
             let steps = [self.once(&mut there[0])?, self.once(&mut there[1])?];
-            let (bare, bytes) = self.measured.again(&steps[0], &steps[1])?;
+            let (bare, bytes) = self.measured.again(&steps[0], &steps[1], || Ok(()))?;
             for (sample, bare) in there.iter_mut().zip(bare) {
                 sample.cost.bare = bare;
             }

@@ -164,7 +164,12 @@ impl Case {
         for _ in 0..repeat {
             let (mut there, forth) = self.go(1)?;
             let (mut back, home) = self.go(0)?;
-            let (bare, bytes) = self.measured.again(&forth, &home)?;
+            let Self { measured, source, ids, stocks, bodies, .. } = self;
+            let (bare, bytes) = measured.again(&forth, &home, || {
+                source.fetch(&stocks[0], ids)?;
+                drop(decode(&stocks[1], &bodies[1])?);
+                Ok(())
+            })?;
             [there.cost.bare, back.cost.bare] = bare;
             self.bytes = bytes;
             samples.push(there);
