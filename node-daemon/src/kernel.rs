@@ -53,7 +53,7 @@ use dump::RouteSocket;
 pub use dump::Traffic;
 use lay::Work;
 use rules::RulesSocket;
-pub use rules::transaction;
+pub use rules::transactions;
 use socket::NetlinkSocket;
 
 /// Where the inner ends of new links are born: the containers' network namespaces, by container address.

@@ -30,9 +30,11 @@ const TRIES: usize = 20;
 const ROUNDS: usize = 8;
 
 /// The firewall's part of a step as it is sent: for those who measure what of a change is the kernel's.
-pub fn transaction(firewall: &Firewall) -> Transaction<&Key> {
+pub fn transactions(firewall: &Firewall) -> Vec<Transaction<&Key>> {
     let table = TABLE.parse().unwrap_or_else(|_| unreachable!("{TABLE} is a name"));
-    transaction::transaction(&table, 1, firewall.anew, &firewall.changes)
+    let (ahead, rest) = transaction::phases(firewall);
+    let sent = [ahead, rest].into_iter().filter(|changes| !changes.is_empty());
+    sent.map(|changes| transaction::transaction(&table, 1, firewall.anew, changes)).collect()
 }
 
 #[derive(Debug)]

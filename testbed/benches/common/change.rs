@@ -1,9 +1,10 @@
 //! One change of a cell, part by part.
 
 use anyhow::Result;
-use weft_model::cell::Step;
+use nf_tables::batch::Transaction;
+use weft_model::cell::{Key, Step};
 use weft_node::journal::Journal;
-use weft_node::kernel::{Namespaces, transaction};
+use weft_node::kernel::{Namespaces, transactions};
 
 use super::bare::Bare;
 use super::bed::{Bed, Space, firewall_only};
@@ -86,7 +87,7 @@ impl Measured {
         Ok((cost, step))
     }
 
-    /// Both transactions of a change there and back, sent again; what they took, and the bytes of the first. `before` each
+    /// What was sent for a change there and back, sent again; what they took, and the bytes of the first. `before` each
     /// of them is done what was done before the change itself, so that both find the processor's caches alike.
     pub(crate) fn again(
         &mut self,
@@ -94,11 +95,14 @@ impl Measured {
         back: &Step,
         mut before: impl FnMut() -> Result<()>,
     ) -> Result<([Spent; 2], usize)> {
-        let [there, back] = [there, back].map(|step| transaction(&step.firewall));
-        before()?;
-        let first = self.bare.send(&there)?;
-        before()?;
-        Ok(([first, self.bare.send(&back)?], there.bytes.len()))
+        let [there, back] = [there, back].map(|step| transactions(&step.firewall));
+        let mut again = |sent: &[Transaction<&Key>]| {
+            before()?;
+            sent.iter()
+                .try_fold(Spent::default(), |spent, one| Ok::<_, anyhow::Error>(spent + self.bare.send(one)?))
+        };
+        let spent = [again(&there)?, again(&back)?];
+        Ok((spent, there.iter().map(|one| one.bytes.len()).sum()))
     }
 }
 
