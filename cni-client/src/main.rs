@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use call::Asked;
 use environment::{Attachment, Command};
-use netconf::{Addition, NetConf, Version};
+use netconf::{Addition, Fields, NetConf, Version};
 use weft_model::reason::Reason;
 
 const ABOUT: &str = concat!(
@@ -77,13 +77,14 @@ fn run(command: &str, version: &mut Version) -> Result<Option<String>, Failure> 
     let mut stdin = Vec::new();
     let read = std::io::stdin().lock().read_to_end(&mut stdin);
     read.map_err(|why| Reason::UnreadableInput { why: why.to_string() })?;
+    let conf = Fields::document(&stdin)?;
     if command == Command::Version {
-        return Ok(Some(output::versions(&netconf::given_version(&stdin)?)));
+        return Ok(Some(output::versions(&netconf::given_version(&conf)?)));
     }
-    *version = netconf::version_of(&stdin)?;
+    *version = netconf::version_of(&conf)?;
     supports(*version, command)?;
-    let asked = ask(command, &stdin)?;
-    let answer = call::make(command, &NetConf::parse(&stdin)?, asked, *version);
+    let asked = ask(command, &conf, *version)?;
+    let answer = call::make(command, &NetConf::parse(&conf)?, asked, *version);
     answer.map_err(|reason| match command {
         Command::Status => Failure { code: reason.status_code(), reason },
         _ => reason.into(),
@@ -104,22 +105,22 @@ fn supports(version: Version, command: Command) -> Result<(), Reason> {
     Err(Reason::CniVersionUnsupported { given: version.as_str().into(), supported })
 }
 
-fn ask(command: Command, stdin: &[u8]) -> Result<Asked, Reason> {
+fn ask(command: Command, conf: &Fields<'_>, version: Version) -> Result<Asked, Reason> {
     let var = |name: &str| std::env::var(name).ok();
     Ok(match command {
         Command::Add => {
             let attachment = Attachment::read(command, var)?;
-            Asked::Add(attachment, Box::new(Addition::parse(stdin)?))
+            Asked::Add(attachment, Box::new(Addition::parse(conf, version)?))
         }
         Command::Check => {
             let attachment = Attachment::read(command, var)?;
-            let ours = netconf::previous(stdin)?.ours(&attachment.interface)?;
+            let ours = netconf::previous(conf)?.ours(&attachment.interface)?;
             Asked::Check(attachment, ours)
         }
         Command::Del => Asked::Delete(Attachment::read(command, var)?),
         Command::Gc => {
             environment::check_path(var)?;
-            Asked::Collect(netconf::valid_attachments(stdin)?)
+            Asked::Collect(netconf::valid_attachments(conf)?)
         }
         Command::Status | Command::Version => Asked::Ready,
     })

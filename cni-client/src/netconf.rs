@@ -23,8 +23,7 @@ use weft_model::reason::Reason;
 use weft_proto::node::{Attachment, Owner};
 
 use crate::previous::Previous;
-use fields::Fields;
-pub(crate) use fields::invalid;
+pub(crate) use fields::{Fields, invalid};
 
 /// Where the node daemon listens unless the configuration says otherwise.
 pub(crate) const DEFAULT_SOCKET: &str = "/var/vcap/data/weft-node/run/weft-node.sock";
@@ -84,13 +83,13 @@ pub(crate) struct Addition {
 }
 
 /// The version asked for, as it was written; what is absent or empty means 0.1.0 (CNI 0.2.0, "Network configuration").
-pub(crate) fn given_version(stdin: &[u8]) -> Result<String, Reason> {
-    let given = Fields::document(stdin)?.text("cniVersion")?;
+pub(crate) fn given_version(conf: &Fields<'_>) -> Result<String, Reason> {
+    let given = conf.text("cniVersion")?;
     Ok(given.filter(|given| !given.is_empty()).unwrap_or_else(|| Version::V0_1_0.as_str().into()))
 }
 
-pub(crate) fn version_of(stdin: &[u8]) -> Result<Version, Reason> {
-    let given = given_version(stdin)?;
+pub(crate) fn version_of(conf: &Fields<'_>) -> Result<Version, Reason> {
+    let given = given_version(conf)?;
     Version::ALL.into_iter().find(|version| version.as_str() == given).ok_or_else(|| {
         let supported = Version::ALL.map(Version::as_str).join(", ");
         Reason::CniVersionUnsupported { given, supported }
@@ -98,8 +97,7 @@ pub(crate) fn version_of(stdin: &[u8]) -> Result<Version, Reason> {
 }
 
 impl NetConf {
-    pub(crate) fn parse(stdin: &[u8]) -> Result<Self, Reason> {
-        let conf = Fields::document(stdin)?;
+    pub(crate) fn parse(conf: &Fields<'_>) -> Result<Self, Reason> {
         let name = conf.text("name")?.filter(|name| !name.is_empty());
         let name = name.ok_or_else(|| invalid("name", "missing network name"))?;
         if !is_network_name(&name) {
@@ -114,16 +112,15 @@ impl NetConf {
 }
 
 /// What the runtime says that other plugins did, or that we did before.
-pub(crate) fn previous(stdin: &[u8]) -> Result<Previous, Reason> {
-    let previous = Fields::document(stdin)?.get("prevResult")?;
+pub(crate) fn previous(conf: &Fields<'_>) -> Result<Previous, Reason> {
+    let previous = conf.get("prevResult")?;
     previous.map_or_else(|| Ok(Previous::default()), Previous::parse)
 }
 
 /// The containers and interfaces that a GC leaves. A list that is null is empty: so Go writes one that has nothing in it.
 /// But without a list, or with one that is not understood, nothing is removed.
-pub(crate) fn valid_attachments(stdin: &[u8]) -> Result<Vec<Attachment>, Reason> {
+pub(crate) fn valid_attachments(conf: &Fields<'_>) -> Result<Vec<Attachment>, Reason> {
     const FIELD: &str = "cni.dev/valid-attachments";
-    let conf = Fields::document(stdin)?;
     if !conf.has(FIELD) {
         return Err(invalid(FIELD, "is missing"));
     }
@@ -139,8 +136,7 @@ pub(crate) fn valid_attachments(stdin: &[u8]) -> Result<Vec<Attachment>, Reason>
 }
 
 impl Addition {
-    pub(crate) fn parse(stdin: &[u8]) -> Result<Self, Reason> {
-        let conf = Fields::document(stdin)?;
+    pub(crate) fn parse(conf: &Fields<'_>, version: Version) -> Result<Self, Reason> {
         let mtu = match conf.get("mtu")? {
             None => 0,
             Some(mtu) => {
@@ -148,15 +144,19 @@ impl Addition {
                 number.ok_or_else(|| invalid("mtu", format!("`{mtu}` is not a number of bytes")))?
             }
         };
-        let nameservers = settings::dns_servers(&conf)?;
-        let owner = runtime::owner(&conf)?;
-        let (ports, net_out_rules) = runtime::runtime_config(&conf)?;
-        let settings = settings::settings(&conf, &nameservers)?;
+        let nameservers = settings::dns_servers(conf)?;
+        let owner = runtime::owner(conf)?;
+        let runtime = conf.object("runtimeConfig")?;
+        let (ports, net_out_rules) = match &runtime {
+            Some(runtime) => runtime::ports_and_rules(runtime)?,
+            None => (Vec::new(), Vec::new()),
+        };
+        let settings = settings::settings(conf, &nameservers)?;
         let nameservers = nameservers.into_iter().map(|(given, _)| given).collect();
-        let bandwidth = bandwidth::bandwidth(&conf)?;
+        let bandwidth = bandwidth::bandwidth(conf, runtime.as_ref())?;
         // Chains are younger than the first layouts of results.
-        let chained = version_of(stdin)? >= Version::V0_3_0;
-        let previous = if chained { previous(stdin)? } else { Previous::default() };
+        let chained = version >= Version::V0_3_0;
+        let previous = if chained { previous(conf)? } else { Previous::default() };
         Ok(Self { mtu, owner, ports, settings, bandwidth, nameservers, net_out_rules, previous })
     }
 }

@@ -9,9 +9,8 @@ use super::fields::{Fields, invalid};
 /// silk's kilobit.
 const KILOBIT: u64 = 1024;
 
-pub(super) fn bandwidth(conf: &Fields<'_>) -> Result<Bandwidth, Reason> {
-    let runtime = conf.object("runtimeConfig")?;
-    if let Some(asked) = runtime.as_ref().map(|runtime| runtime.object("bandwidth")).transpose()?.flatten() {
+pub(super) fn bandwidth(conf: &Fields<'_>, runtime: Option<&Fields<'_>>) -> Result<Bandwidth, Reason> {
+    if let Some(asked) = runtime.map(|runtime| runtime.object("bandwidth")).transpose()?.flatten() {
         // The conventions speak as the container does: what comes in to it, what goes out.
         let to = limit(&asked, ["ingressRate", "ingressBurst"], 1)?;
         let from = limit(&asked, ["egressRate", "egressBurst"], 1)?;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use weft_model::reason::Reason;
 
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     /// The object's own name, with a dot behind it; nothing for the whole configuration.
     of: String,
     fields: BTreeMap<String, &'a RawValue>,
@@ -20,7 +20,7 @@ pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Reaso
 
 impl<'a> Fields<'a> {
     /// The whole configuration.
-    pub(super) fn document(stdin: &'a [u8]) -> Result<Self, Reason> {
+    pub(crate) fn document(stdin: &'a [u8]) -> Result<Self, Reason> {
         let fields = serde_json::from_slice(stdin);
         let fields = fields.map_err(|why| Reason::InvalidJson { why: why.to_string() })?;
         Ok(Self { of: String::new(), fields })

@@ -32,8 +32,7 @@ pub(super) fn owner(conf: &Fields<'_>) -> Result<Owner, Reason> {
 }
 
 /// Mapped ports, and the rules as they are.
-pub(super) fn runtime_config(conf: &Fields<'_>) -> Result<(Vec<PortMapping>, Vec<u8>), Reason> {
-    let Some(runtime) = conf.object("runtimeConfig")? else { return Ok((Vec::new(), Vec::new())) };
+pub(super) fn ports_and_rules(runtime: &Fields<'_>) -> Result<(Vec<PortMapping>, Vec<u8>), Reason> {
     let mappings = runtime.list("portMappings")?;
     let ports = mappings.iter().enumerate().map(|(n, mapping)| port_mapping(n, mapping));
     let ports = ports.collect::<Result<Vec<_>, _>>()?;

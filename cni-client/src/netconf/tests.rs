@@ -5,13 +5,21 @@ use weft_model::bandwidth::Limit;
 
 use super::*;
 
+fn read<T>(text: &[u8], part: impl FnOnce(&Fields<'_>) -> Result<T, Reason>) -> Result<T, Reason> {
+    part(&Fields::document(text)?)
+}
+
+fn addition_of(text: &[u8]) -> Result<Addition, Reason> {
+    read(text, |conf| Addition::parse(conf, version_of(conf)?))
+}
+
 fn addition(conf: &Value) -> Addition {
-    Addition::parse(conf.to_string().as_bytes()).expect("valid")
+    addition_of(conf.to_string().as_bytes()).expect("valid")
 }
 
 /// The field that is refused, and what is said about it.
 fn refused(conf: &str) -> (String, String) {
-    let parsed = NetConf::parse(conf.as_bytes()).and_then(|_| Addition::parse(conf.as_bytes()));
+    let parsed = read(conf.as_bytes(), NetConf::parse).and_then(|_| addition_of(conf.as_bytes()));
     match parsed {
         Err(Reason::InvalidField { field, why }) => (field, why),
         Err(Reason::FieldUnsupported { field, value }) => (field, value),
@@ -26,9 +34,9 @@ fn what_garden_external_networker_passes_is_understood() {
         "runtimeConfig":{"portMappings":[{"host_port":61000,"container_port":8080}],
             "netOutRules":[ {"networks" : 1} ],"other":1e999},
         "anything":[1]}"#;
-    let conf = NetConf::parse(text).expect("valid");
+    let conf = read(text, NetConf::parse).expect("valid");
     assert_eq!(conf.socket.to_str(), Some("/s"));
-    let addition = Addition::parse(text).expect("valid");
+    let addition = addition_of(text).expect("valid");
     assert_eq!((addition.mtu, addition.owner.app_id.as_str()), (1400, "a"));
     let ports = addition.ports.iter().map(|mapping| (mapping.host.get(), mapping.container.get()));
     assert_eq!(ports.collect::<Vec<_>>(), [(61_000, 8080)]);
@@ -244,16 +252,16 @@ fn a_list_of_rules_that_is_too_long_is_refused() {
     let conf = |length: usize| {
         format!(r#"{{"name":"n","runtimeConfig":{{"netOutRules":[{}]}}}}"#, " ".repeat(length - 2))
     };
-    assert!(Addition::parse(conf(longest).as_bytes()).is_ok());
+    assert!(addition_of(conf(longest).as_bytes()).is_ok());
     assert_eq!(refused(&conf(longest + 1)).0, "runtimeConfig.netOutRules");
 }
 
 proptest::proptest! {
     #[test]
     fn any_input_becomes_a_configuration_or_a_reason(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..300)) {
-        let _: Result<_, Reason> = version_of(&bytes).and_then(|_| NetConf::parse(&bytes));
-        let _: Result<_, Reason> = Addition::parse(&bytes);
-        let _: Result<_, Reason> = valid_attachments(&bytes);
+        let _: Result<_, Reason> = read(&bytes, version_of).and_then(|_| read(&bytes, NetConf::parse));
+        let _: Result<_, Reason> = addition_of(&bytes);
+        let _: Result<_, Reason> = read(&bytes, valid_attachments);
     }
 
     #[test]
@@ -262,10 +270,11 @@ proptest::proptest! {
         value in "[0-9a-z\\[\\]{}\",:.-]{0,30}",
     ) {
         let conf = format!(r#"{{"name":"n","{key}":{value}}}"#);
-        let _: Result<_, Reason> = version_of(conf.as_bytes()).and_then(|_| NetConf::parse(conf.as_bytes()));
-        let _: Result<_, Reason> = Addition::parse(conf.as_bytes());
-        let _: Result<_, Reason> = valid_attachments(conf.as_bytes());
+        let conf = conf.as_bytes();
+        let _: Result<_, Reason> = read(conf, version_of).and_then(|_| read(conf, NetConf::parse));
+        let _: Result<_, Reason> = addition_of(conf);
+        let _: Result<_, Reason> = read(conf, valid_attachments);
         let eth0 = "eth0".parse().expect("name");
-        let _: Result<_, Reason> = previous(conf.as_bytes()).and_then(|previous| previous.ours(&eth0));
+        let _: Result<_, Reason> = read(conf, previous).and_then(|previous| previous.ours(&eth0));
     }
 }
