@@ -33,7 +33,7 @@ use crate::kernel::events::Event;
 use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
-use crate::policy_server::Applied;
+use crate::policy_server::{Applied, Known};
 use crate::report::status;
 use call::lay_inside;
 use policies::said;
@@ -63,7 +63,7 @@ pub struct Task<K> {
     /// What the policy server says; none: there is no server, and no policy.
     pub policies: Option<Policies>,
     /// Who is who, for the traffic log; none: there is none.
-    pub directory: Option<watch::Sender<Arc<Directory>>>,
+    pub directory: watch::Sender<Arc<Directory>>,
     pub metrics: Arc<Metrics>,
 }
 
@@ -102,9 +102,8 @@ struct Running<K> {
     unfit: BTreeSet<OverlayAddr>,
     /// The roster has changed since the directory was published.
     roster_changed: bool,
-    /// What was taken last from the policy server's answers, and the policies among it.
-    taken: Applied,
-    policies: Arc<weft_model::policy::Policies>,
+    /// What the cell has been told of the policy server's answers.
+    told: Known,
     policies_changed: bool,
 }
 
@@ -129,8 +128,7 @@ impl<K: Kernel> Task<K> {
             fitting: false,
             unfit: BTreeSet::new(),
             roster_changed: true,
-            taken: Applied::default(),
-            policies: Arc::default(),
+            told: Known::default(),
             policies_changed: false,
         };
         running.follow_leases();
@@ -192,10 +190,10 @@ impl<K: Kernel> Started<K> {
                     running.wave(Vec::new()).await;
                 }
                 () = said(&mut running.task.policies) => {
-                    let (began, before) = (std::time::Instant::now(), running.taken);
+                    let (began, before) = (std::time::Instant::now(), Applied::of(&running.told));
                     running.follow_policies();
                     running.wave(Vec::new()).await;
-                    running.task.metrics.applied(before, running.taken, began.elapsed());
+                    running.task.metrics.applied(before, Applied::of(&running.told), began.elapsed());
                 }
                 Some(()) = touched.next() => {
                     // All that is said at once is one change.
@@ -268,13 +266,12 @@ impl<K: Kernel> Running<K> {
         }
         self.forget_resting();
         let roster_changed = std::mem::take(&mut self.roster_changed);
-        if (std::mem::take(&mut self.policies_changed) || roster_changed)
-            && let Some(directory) = &self.task.directory
-        {
+        if std::mem::take(&mut self.policies_changed) || roster_changed {
             #[expect(clippy::disallowed_methods, reason = "the log's times are wall-clock times")]
             let now = std::time::SystemTime::now();
-            let entered = Directory::of(self.task.cell.roster(), Arc::clone(&self.policies));
-            directory.send_modify(|before| *before = Arc::new(entered.remembering(before, now)));
+            let policies = self.told.policies.as_ref().map(|told| Arc::clone(&told.value));
+            let entered = Directory::of(self.task.cell.roster(), policies.unwrap_or_default());
+            self.task.directory.send_modify(|before| *before = Arc::new(entered.remembering(before, now)));
         }
         if let Some(policies) = self.task.policies.as_ref().filter(|_| roster_changed) {
             policies.want(self.task.cell.roster());

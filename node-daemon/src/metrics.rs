@@ -127,12 +127,8 @@ impl Metrics {
 
     /// What was taken before and after a wave.
     pub fn applied(&self, before: Applied, after: Applied, took: Duration) {
-        for (subject, changed) in [
-            (Subject::Policies, before.policies != after.policies),
-            (Subject::Groups, before.groups != after.groups),
-            (Subject::Router, before.router != after.router),
-        ] {
-            if changed {
+        for ((subject, was), (_, is)) in before.by_subject().into_iter().zip(after.by_subject()) {
+            if was != is {
                 self.applies.get_or_create(&[("subject", word(subject))]).observe(took.as_secs_f64());
             }
         }

@@ -19,12 +19,14 @@ pub mod snapshot;
 mod url;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
@@ -36,7 +38,7 @@ pub use answer::Listed;
 pub use client::{AskError, Client, Groups, Parts, Server};
 pub use connection::Cause;
 use question::{Answer, Fetched, Value};
-use snapshot::Saved;
+use snapshot::{Saved, SnapshotError};
 pub use url::{NotAUrl, ServerUrl};
 
 use crate::cell::chain;
@@ -92,6 +94,23 @@ pub struct Applied {
     pub router: u64,
 }
 
+impl Applied {
+    /// What follows from it, once all of that is in the kernel.
+    pub fn of(known: &Known) -> Self {
+        let number = |told: Option<u64>| told.unwrap_or_default();
+        Self {
+            policies: number(known.policies.as_ref().map(|told| told.number)),
+            groups: number(known.groups.as_ref().map(|told| told.number)),
+            router: number(known.router.as_ref().map(|told| told.number)),
+        }
+    }
+
+    pub fn by_subject(self) -> [(Subject, u64); 3] {
+        let Self { policies, groups, router } = self;
+        [(Subject::Policies, policies), (Subject::Groups, groups), (Subject::Router, router)]
+    }
+}
+
 /// Somebody wants a subject fetched and applied now.
 #[derive(Debug)]
 pub struct Forced {
@@ -103,13 +122,13 @@ pub struct Forced {
 /// What the server said before this process began: what the cell is to start with, so that no packet meets less.
 pub async fn known(config: &Config) -> Known {
     Known {
-        policies: load::<Policies>(config, Subject::Policies).await.map(told),
+        policies: load(config, Subject::Policies).await,
         groups: match config.intervals.groups {
-            Some(_) => load::<Arc<[SecurityGroup]>>(config, Subject::Groups).await.map(told_groups),
+            Some(_) => load(config, Subject::Groups).await,
             None => None,
         },
         router: match config.intervals.router {
-            Some(_) => load::<PolicyTag>(config, Subject::Router).await.map(told),
+            Some(_) => load(config, Subject::Router).await,
             None => None,
         },
         lost: BTreeMap::new(),
@@ -128,15 +147,8 @@ pub async fn run(
     metrics: Arc<Metrics>,
 ) {
     let origin = Instant::now();
-    let held: Vec<Subject> = {
-        let known = out.borrow();
-        let held = [
-            (Subject::Policies, known.policies.is_some()),
-            (Subject::Groups, known.groups.is_some()),
-            (Subject::Router, known.router.is_some()),
-        ];
-        held.into_iter().filter(|(_, held)| *held).map(|(subject, _)| subject).collect()
-    };
+    let held = Applied::of(&out.borrow()).by_subject().into_iter().filter(|(_, number)| *number > 0);
+    let held: Vec<Subject> = held.map(|(subject, _)| subject).collect();
     let mut follow = Follow::start(config.intervals, &held);
     let client = || Arc::new(Client::new(config.server.clone()));
     let mut run = Run {
@@ -162,12 +174,8 @@ pub async fn run(
             },
             changed = applied.changed() => match changed {
                 Ok(()) => {
-                    let Applied { policies, groups, router } = *applied.borrow_and_update();
-                    vec![
-                        Event::Applied(Subject::Policies, policies),
-                        Event::Applied(Subject::Groups, groups),
-                        Event::Applied(Subject::Router, router),
-                    ]
+                    let numbers = applied.borrow_and_update().by_subject();
+                    numbers.map(|(subject, number)| Event::Applied(subject, number)).into()
                 }
                 Err(_) => return,
             },
@@ -277,15 +285,20 @@ impl Run {
     async fn save(&mut self, subject: Subject) {
         let directory = self.config.state_directory.clone();
         let Known { policies, groups, router, .. } = self.out.borrow().clone();
+        fn write<T: Serialize + ?Sized>(
+            directory: &Path,
+            subject: Subject,
+            told: Option<Told<T>>,
+        ) -> Result<(), SnapshotError> {
+            let Some(Told { value, ids, at, .. }) = told else { return Ok(()) };
+            snapshot::save(directory, subject, &Saved::new(at, ids, value))
+        }
         let saved = spawn_blocking(move || match subject {
-            Subject::Policies => policies
-                .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
-            Subject::Groups => groups
-                .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
-            Subject::Router => router
-                .map(|told| snapshot::save(&directory, subject, &Saved::new(told.at, told.ids, told.value))),
+            Subject::Policies => write(&directory, subject, policies),
+            Subject::Groups => write(&directory, subject, groups),
+            Subject::Router => write(&directory, subject, router),
         });
-        if let Ok(Some(Err(error))) = saved.await {
+        if let Ok(Err(error)) = saved.await {
             error!(error = %chain(&error), "not saved; a restart would start from an older answer");
         }
     }
@@ -305,6 +318,11 @@ impl Run {
 }
 
 impl<T: ?Sized> Told<T> {
+    /// Whether it is another answer than that one, or about others.
+    pub fn differs_from(&self, before: Option<&Self>) -> bool {
+        before.is_none_or(|before| (before.number, &before.ids) != (self.number, &self.ids))
+    }
+
     /// Since the server last confirmed it.
     pub fn age(&self) -> Duration {
         now().duration_since(self.at).unwrap_or_default()
@@ -318,28 +336,20 @@ impl<T: ?Sized> Told<T> {
     }
 }
 
-fn told<T>(saved: Saved<T>) -> Told<T> {
-    Told { at: saved.at(), ids: saved.ids, value: Arc::new(saved.value), number: 1 }
-}
-
-fn told_groups(saved: Saved<Arc<[SecurityGroup]>>) -> Told<[SecurityGroup]> {
-    Told { at: saved.at(), ids: saved.ids, value: saved.value, number: 1 }
-}
-
 /// One that cannot be read is as good as none: the server knows better anyway.
-async fn load<T: serde::de::DeserializeOwned + Send + 'static>(
-    config: &Config,
-    subject: Subject,
-) -> Option<Saved<T>> {
+async fn load<T: ?Sized>(config: &Config, subject: Subject) -> Option<Told<T>>
+where
+    Arc<T>: DeserializeOwned + Send + 'static,
+{
     let directory = config.state_directory.clone();
-    let loaded = spawn_blocking(move || snapshot::load::<T>(&directory, subject)).await.ok()?;
+    let loaded = spawn_blocking(move || snapshot::load::<Arc<T>>(&directory, subject)).await.ok()?;
     match loaded {
         Ok(saved) => {
-            if let Some(saved) = &saved {
-                let age = now().duration_since(saved.at()).unwrap_or_default();
-                info!(?subject, age_seconds = age.as_secs(), "started from what the policy server last said");
-            }
-            saved
+            let saved = saved?;
+            let told = Told { at: saved.at(), ids: saved.ids, value: saved.value, number: 1 };
+            let age_seconds = told.age().as_secs();
+            info!(?subject, age_seconds, "started from what the policy server last said");
+            Some(told)
         }
         Err(error) => {
             warn!(error = %chain(&error), "started without it");
@@ -349,6 +359,6 @@ async fn load<T: serde::de::DeserializeOwned + Send + 'static>(
 }
 
 #[expect(clippy::disallowed_methods, reason = "the age of an answer outlives this process")]
-fn now() -> SystemTime {
+pub(crate) fn now() -> SystemTime {
     SystemTime::now()
 }

@@ -139,7 +139,7 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
         underlay: config.underlay(),
         guard,
         policies,
-        directory: Some(directory),
+        directory,
         metrics,
     };
     let started = task.start().await?;

@@ -170,7 +170,7 @@ impl World {
             underlay: Underlay { addresses: vec![walk::underlay(100).get()], ..Underlay::default() },
             guard: guarded,
             policies: None,
-            directory: None,
+            directory: watch::channel(Arc::default()).0,
             metrics,
         };
         let started = task.start().await.unwrap();

@@ -11,7 +11,7 @@ use weft_model::follow::Ids;
 
 use super::Running;
 use crate::kernel::Kernel;
-use crate::policy_server::{self, Applied};
+use crate::policy_server::{self, Applied, Known};
 
 /// The cell's ends of the channels to who follows the policy server.
 #[derive(Debug)]
@@ -40,24 +40,21 @@ impl Policies {
 }
 
 impl<K: Kernel> Running<K> {
+    /// What is not new costs nothing: the lists of groups are worked out anew otherwise, for all containers.
     pub(super) fn follow_policies(&mut self) {
         let Some(policies) = &mut self.task.policies else { return };
         let known = policies.known.borrow_and_update().clone();
-        let number = |told: Option<u64>| told.unwrap_or_default();
-        self.taken = Applied {
-            policies: number(known.policies.as_ref().map(|told| told.number)),
-            groups: number(known.groups.as_ref().map(|told| told.number)),
-            router: number(known.router.as_ref().map(|told| told.number)),
-        };
-        if let Some(told) = &known.policies {
+        let before = mem::replace(&mut self.told, known);
+        let Known { policies: answer, groups, router, .. } = &self.told;
+        if let Some(told) = answer.as_ref().filter(|told| told.differs_from(before.policies.as_ref())) {
             self.task.cell.policies((*told.value).clone());
-            self.policies = Arc::clone(&told.value);
             self.policies_changed = true;
         }
-        if let Some(told) = &known.router {
+        if let Some(told) = router.as_ref().filter(|told| told.differs_from(before.router.as_ref())) {
             self.task.cell.router(*told.value);
         }
-        if let Some(told) = known.groups.filter(|_| policies.groups) {
+        let groups = groups.as_ref().filter(|_| policies.groups);
+        if let Some(told) = groups.filter(|told| told.differs_from(before.groups.as_ref())) {
             let covered = (Arc::clone(&told.value), told.ids.spaces.clone());
             for handle in self.task.cell.groups(Some(covered)) {
                 error!(%handle, "security groups are too many rules for one container; it keeps those it has");
@@ -71,10 +68,8 @@ impl<K: Kernel> Running<K> {
         else {
             return;
         };
-        policies.applied.send_if_modified(|applied| {
-            let before = mem::replace(applied, self.taken);
-            before != self.taken
-        });
+        let taken = Applied::of(&self.told);
+        policies.applied.send_if_modified(|applied| mem::replace(applied, taken) != taken);
     }
 }
 

@@ -29,7 +29,7 @@ use crate::cell::chain;
 use crate::flow_log::Directory;
 use crate::inbox::Inbox;
 use crate::kernel::{LinkCounters, Traffic};
-use crate::policy_server::Known;
+use crate::policy_server::{Known, now};
 
 /// For all that is read at once.
 const WITHIN: Duration = Duration::from_secs(2);
@@ -180,11 +180,6 @@ fn ages(encoder: &mut DescriptorEncoder<'_>, known: &Known, now: SystemTime) -> 
 
 fn cut(text: &str) -> &str {
     text.char_indices().nth(LONGEST).map_or(text, |(end, _)| &text[..end])
-}
-
-#[expect(clippy::disallowed_methods, reason = "the age of an answer outlives this process")]
-fn now() -> SystemTime {
-    SystemTime::now()
 }
 
 #[cfg(test)]

@@ -73,7 +73,7 @@ impl Node {
             underlay: Underlay { addresses: vec![lease.underlay.get()], ..Underlay::default() },
             guard: guarded,
             policies: Some(Policies { known: known.clone(), ids, applied, groups: true }),
-            directory: None,
+            directory: watch::channel(Arc::default()).0,
             metrics,
         };
         let started = task.start().await.expect("started");
