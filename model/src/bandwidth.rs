@@ -120,9 +120,7 @@ impl ShapingSpec {
 
 /// The device through which goes what a container sends: `i-`, and the address as in its link's name.
 pub fn device_name(addr: OverlayAddr) -> DeviceName {
-    let [a, b, c, d] = addr.get().octets();
-    let name = format!("i-{a:03}{b:03}{c:03}{d:03}");
-    name.parse().unwrap_or_else(|_| unreachable!("14 characters of [-i0-9] are a device name"))
+    crate::link::device_name('i', addr)
 }
 
 /// Beside those of links (see [`crate::link::index`]).

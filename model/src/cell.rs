@@ -250,8 +250,8 @@ impl Cell {
         let (Some(addr), Some(fits)) = (self.inputs.roster.ipam().next(), self.inputs.mtu()) else {
             return Err(Reason::Bug { invariant: "a ready cell has an address and an MTU".into() });
         };
-        // RFC 791: every IPv4 module must forward 68 bytes without fragmenting.
         let mtu = wanted.mtu.unwrap_or(fits);
+        // RFC 791: every IPv4 module must forward 68 bytes without fragmenting.
         if !(68..=fits).contains(&mtu) {
             let why = format!("{mtu} is outside 68 to {fits}, what the overlay carries here");
             return Err(Reason::InvalidField { field: "mtu".into(), why });

@@ -57,9 +57,14 @@ impl LinkSpec {
 
 /// `s-` and the address' four bytes in decimal with leading zeros: 14 characters, one name per address.
 pub fn host_name(addr: OverlayAddr) -> DeviceName {
+    device_name('s', addr)
+}
+
+/// Of a device of the cell that belongs to a container.
+pub(crate) fn device_name(kind: char, addr: OverlayAddr) -> DeviceName {
     let [a, b, c, d] = addr.get().octets();
-    let name = format!("s-{a:03}{b:03}{c:03}{d:03}");
-    name.parse().unwrap_or_else(|_| unreachable!("14 characters of [-s0-9] are a device name"))
+    let name = format!("{kind}-{a:03}{b:03}{c:03}{d:03}");
+    name.parse().unwrap_or_else(|_| unreachable!("a letter, `-` and 12 digits are a device name"))
 }
 
 /// Index of both ends in their namespaces. Chosen by us, so that a link and all that is on it goes to the

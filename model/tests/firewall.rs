@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use weft_model::address::OverlayAddr;
 use weft_model::asg::{AddrRange, EgressRule, PortRange, Traffic};
 use weft_model::cell::unit::plan;
-use weft_model::cell::{Cell, Key, Object, Outcome, Wanted};
+use weft_model::cell::{Cell, Object, Outcome, Wanted};
 use weft_model::container::PortMapping;
 use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
 use weft_model::firewall::{ALLOWED, Content, INGRESS_CONNECTION, program};
@@ -31,11 +31,7 @@ fn cell_with(profile: Profile) -> (Cell, Ipv4Addr) {
 
 fn program_of(cell: &Cell) -> Program {
     let wanted = plan(cell.inputs());
-    let parts = wanted.iter().filter_map(|(key, object)| match (key, object) {
-        (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
-        _ => None,
-    });
-    program(parts)
+    program(wanted.iter().filter_map(|(key, object)| Some((key.part()?, object.content()?))))
 }
 
 fn ask(cell: &Cell, from: Ipv4Addr, to: Ipv4Addr, probe: Probe) -> Explanation {

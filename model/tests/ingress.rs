@@ -9,7 +9,7 @@ use nf_tables::machine::{self, Packet, Program};
 use weft_model::address::OverlayAddr;
 use weft_model::asg::PortRange;
 use weft_model::cell::unit::plan;
-use weft_model::cell::{Cell, CellConfig, Key, Object, OverlayIngress, Wanted};
+use weft_model::cell::{Cell, CellConfig, OverlayIngress, Wanted};
 use weft_model::container::{Owner, PortMapping};
 use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
 use weft_model::firewall::{INGRESS_CONNECTION, program};
@@ -25,11 +25,7 @@ const CELL: Ipv4Addr = Ipv4Addr::new(10, 255, 9, 1);
 
 fn program_of(cell: &Cell) -> Program {
     let wanted = plan(cell.inputs());
-    let parts = wanted.iter().filter_map(|(key, object)| match (key, object) {
-        (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
-        _ => None,
-    });
-    program(parts)
+    program(wanted.iter().filter_map(|(key, object)| Some((key.part()?, object.content()?))))
 }
 
 /// Where all that is no container's is behind the VTEP.

@@ -30,7 +30,15 @@ pub enum Key {
 
 impl Key {
     pub fn is_firewall(&self) -> bool {
-        matches!(self, Self::Firewall(_))
+        self.part().is_some()
+    }
+
+    /// Of the firewall.
+    pub fn part(&self) -> Option<&Part> {
+        match self {
+            Self::Firewall(part) => Some(part),
+            _ => None,
+        }
     }
 
     /// Whether it depends on the lease table. While that is not known, what is there stays as it is.
@@ -61,6 +69,16 @@ pub enum Object {
     Link(LinkSpec),
     Shaping(ShapingSpec),
     Firewall(Content),
+}
+
+impl Object {
+    /// Of a part of the firewall.
+    pub fn content(&self) -> Option<&Content> {
+        match self {
+            Self::Firewall(content) => Some(content),
+            _ => None,
+        }
+    }
 }
 
 /// The VXLAN device: VNI 1, group-based policy on, learning off, up, with the subnet's first address on it.

@@ -84,11 +84,13 @@ pub fn base(base: &Base<'_>) -> Planned {
     planned
 }
 
+/// Or a set, where the target is nothing.
+fn map(name: &str, key: Key, target: Target) -> (Part, Content) {
+    set(name, Set { key, target, ranges: false, dynamic: None }, Ranges::default())
+}
+
 /// Maps and sets that containers and peers enter.
 fn maps() -> Vec<(Part, Content)> {
-    let map = |name: &str, key: Key, target| {
-        set(name, Set { key, target, ranges: false, dynamic: None }, Ranges::default())
-    };
     let ipv4 = || Key::from([Field::Ipv4]);
     vec![
         map("sources", [Field::InterfaceIndex, Field::Ipv4].into(), Target::Value(vec![Field::Mark])),
@@ -153,8 +155,7 @@ fn strangers() -> Vec<Rule> {
 
 /// dataplane.md, "Overlay ingress": the ports of containers that routers reach.
 fn exposed() -> (Part, Content) {
-    let key = Key::from([Field::Ipv4, Field::Port]);
-    set("exposed", Set { key, target: Target::Nothing, ranges: false, dynamic: None }, Ranges::default())
+    map("exposed", Key::from([Field::Ipv4, Field::Port]), Target::Nothing)
 }
 
 /// dataplane.md, "To a container": whom a policy lets in. Led to only while that is logged.

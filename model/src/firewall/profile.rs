@@ -13,7 +13,6 @@ use super::settings::{services_chain, translation_chain};
 use super::{Planned, chain, joined, name, set};
 use crate::cell::CellConfig;
 use crate::profile::{Digest, Known, Profile, Workload};
-use crate::traffic::Decision;
 
 /// A profile's rules as the kernel takes them: made once for each profile.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -195,18 +194,11 @@ impl This<'_> {
         draft.mark_connection(connection_mark(self.digest, self.config.vtep_port))
     }
 
-    /// A line for each connection; of UDP, where one packet is one, as many as the limit says.
     fn logged(&self) -> Vec<Rule> {
         let per_sec = self.profile.settings.accepted_udp_logs_per_sec.get();
-        let (of, group) = (Lines::AcceptedUdp, self.config.log_group);
-        let udp = |comment| rule(comment).protocol(UDP);
-        vec![
-            udp("counted").by(Limit::Total { of }).go_on(),
-            udp("logged").by(Limit::Lines { of, per_sec }).log(group, Decision::Allowed.prefix()).go_on(),
-            udp("security group").accept(),
-            rule("logged").state(INVALID | NEW | UNTRACKED).log(group, Decision::Allowed.prefix()).go_on(),
-            self.allow(rule("security group")).accept(),
-        ]
+        let allowed = || rule("security group");
+        let (udp, other) = (allowed().protocol(UDP).accept(), self.allow(allowed()).accept());
+        log_each(Lines::AcceptedUdp, per_sec, self.config.log_group, udp, other)
     }
 }
 
@@ -215,6 +207,19 @@ pub(super) fn limited_log(of: Lines, per_sec: u32, log_group: u16) -> Vec<Rule> 
     vec![
         rule("counted").by(Limit::Total { of }).go_on(),
         rule("logged").by(Limit::Lines { of, per_sec }).log(log_group, of.decision().prefix()).go_on(),
+    ]
+}
+
+/// A line for each connection; of UDP, where one packet may be one, as many as the limit says. Then `udp` or `other`.
+pub(super) fn log_each(of: Lines, per_sec: u32, log_group: u16, udp: Rule, other: Rule) -> Vec<Rule> {
+    let prefix = of.decision().prefix();
+    let datagram = |comment| rule(comment).protocol(UDP);
+    vec![
+        datagram("counted").by(Limit::Total { of }).go_on(),
+        datagram("logged").by(Limit::Lines { of, per_sec }).log(log_group, prefix).go_on(),
+        udp,
+        rule("logged").state(INVALID | NEW | UNTRACKED).log(log_group, prefix).go_on(),
+        other,
     ]
 }
 

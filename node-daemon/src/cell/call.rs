@@ -49,9 +49,9 @@ impl<K: Kernel> Running<K> {
 
     /// The program that the kernel holds, as far as that is known.
     fn held(&self) -> impl Iterator<Item = (&Part, &Content)> {
-        self.task.cell.believed().iter().filter_map(|(key, belief)| match (key, belief) {
-            (Key::Firewall(part), Belief::Holds(Object::Firewall(content))) => Some((part, content)),
-            _ => None,
+        self.task.cell.believed().iter().filter_map(|(key, belief)| match belief {
+            Belief::Holds(object) => Some((key.part()?, object.content()?)),
+            Belief::Unknown => None,
         })
     }
 

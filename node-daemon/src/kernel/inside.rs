@@ -14,6 +14,7 @@ use weft_model::link::{GATEWAY, LinkSpec};
 use weft_model::reason::Reason;
 
 use super::dump::{Device, RouteSocket, links, routes};
+use super::message::Request;
 use super::see::Tables;
 use super::socket::NetlinkSocket;
 use super::{message, sysctl};
@@ -22,18 +23,7 @@ use crate::calls::Remembered;
 /// Raises the inner end and gives it address, neighbour, default route; raises the loopback device.
 pub fn lay(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
     enter(namespace, spec, || {
-        let mut socket = open(spec)?;
-        let requests = message::inner_end(spec);
-        let messages = requests.iter().map(|r| (r.message.clone(), r.flags)).collect();
-        let outcomes = socket.batch(messages).map_err(|e| failed("configure", spec, &e))?;
-        for (request, outcome) in requests.iter().zip(outcomes) {
-            match outcome {
-                Err(refusal) if !request.tolerates.contains(&refusal.errno) => {
-                    return Err(failed(request.operation, spec, &refusal.into()));
-                }
-                _ => {}
-            }
-        }
+        carry_out(&mut open(spec)?, spec, &message::inner_end(spec))?;
         sysctl::ipv6_off(&spec.interface).map_err(|e| failed("switch IPv6 off on", spec, &e))
     })
 }
@@ -56,11 +46,7 @@ pub fn fit(namespace: &Path, spec: &LinkSpec) -> Result<(), Reason> {
             return Err(failed("find", spec, &io::ErrorKind::NotFound.into()));
         }
         let mtu = vec![LinkAttribute::Mtu(spec.mtu)];
-        let request = message::set_link("fit", spec.index(), mtu, LinkFlags::empty());
-        let outcomes = socket.batch(vec![(request.message, request.flags)]);
-        let refused =
-            outcomes.map_err(|e| failed(request.operation, spec, &e))?.into_iter().find_map(Result::err);
-        refused.map_or(Ok(()), |refusal| Err(failed(request.operation, spec, &refusal.into())))
+        carry_out(&mut socket, spec, &[message::set_link("fit", spec.index(), mtu, LinkFlags::empty())])
     })
 }
 
@@ -95,6 +81,21 @@ pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec, remembered: &Remembered
         }
         Ok(())
     })
+}
+
+/// The first refusal that counts ends it.
+fn carry_out(socket: &mut RouteSocket, spec: &LinkSpec, requests: &[Request]) -> Result<(), Reason> {
+    let messages = requests.iter().map(|r| (r.message.clone(), r.flags)).collect();
+    let outcomes = socket.batch(messages).map_err(|e| failed("configure", spec, &e))?;
+    for (request, outcome) in requests.iter().zip(outcomes) {
+        match outcome {
+            Err(refusal) if !request.tolerates.contains(&refusal.errno) => {
+                return Err(failed(request.operation, spec, &refusal.into()));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn open(spec: &LinkSpec) -> Result<RouteSocket, Reason> {

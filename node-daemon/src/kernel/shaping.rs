@@ -263,12 +263,11 @@ fn redirects(socket: &mut RouteSocket, link: u32, device: u32) -> io::Result<boo
         _ => None,
     });
     let matches_all = keys.flatten().all(|key| key.mask == 0 && key.val == 0);
-    let mut targets = options.iter().filter_map(|option| match option {
+    let targets = options.iter().filter_map(|option| match option {
         TcFilterU32Option::Action(actions) => Some(actions.iter().filter_map(target)),
         _ => None,
     });
-    let targets: Vec<u32> = targets.by_ref().flatten().collect();
-    Ok(matches_all && targets == [device])
+    Ok(matches_all && targets.flatten().eq([device]))
 }
 
 fn target(action: &TcAction) -> Option<u32> {

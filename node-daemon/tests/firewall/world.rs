@@ -242,8 +242,5 @@ impl Site {
 }
 
 pub(crate) fn part<'a>((key, object): (&'a Key, &'a Object)) -> Option<(&'a Part, &'a Content)> {
-    match (key, object) {
-        (Key::Firewall(part), Object::Firewall(content)) => Some((part, content)),
-        _ => None,
-    }
+    Some((key.part()?, object.content()?))
 }

@@ -96,19 +96,12 @@ pub(super) fn transaction<'a>(
 }
 
 fn item(change: &Change) -> Option<Item<'_>> {
-    let Key::Firewall(part) = &change.key else { return None };
+    let part = change.key.part()?;
     let was = match &change.was {
-        Some(Belief::Holds(object)) => content(object),
+        Some(Belief::Holds(object)) => object.content(),
         _ => None,
     };
-    Some(Item { key: &change.key, part, was, will: change.will.as_ref().and_then(content) })
-}
-
-fn content(object: &Object) -> Option<&Content> {
-    match object {
-        Object::Firewall(content) => Some(content),
-        _ => None,
-    }
+    Some(Item { key: &change.key, part, was, will: change.will.as_ref().and_then(Object::content) })
 }
 
 impl<'a> Item<'a> {
