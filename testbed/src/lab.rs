@@ -235,6 +235,13 @@ impl Lab {
             .map_or_else(|| self.cell(name).map(|cell| cell.place.clone()), |found| Ok(found.place.clone()))
     }
 
+    /// Every refusal is told at once. They are ICMP messages, and the kernel sends few of those in a second to one peer.
+    pub fn tell_all_refusals(&self) -> Result<()> {
+        self.cells.iter().try_for_each(|cell| {
+            cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").map(drop)
+        })
+    }
+
     /// Every WARN or ERROR line in any log of the lab's daemons, except those that contain one of `expected`.
     /// A system that does what it should says nothing of the kind.
     pub fn complaints(&self, expected: &[&str]) -> Vec<String> {

@@ -1,5 +1,6 @@
 //! Real packets between places: a TCP connection that tells which source its peer sees, pings of any size with
-//! "don't fragment" set, all pairs at once, and a connection that is watched over time.
+//! "don't fragment" set, all pairs at once, and a connection that is watched over time. And the patience that all of that
+//! needs.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
@@ -68,6 +69,31 @@ fn connect(to: SocketAddrV4) -> Result<(BufReader<TcpStream>, Connection)> {
     reader.read_line(&mut line).with_context(|| format!("read from {to}"))?;
     let source = line.trim().parse().with_context(|| format!("{to} answered `{}`", line.trim()))?;
     Ok((reader, Connection { source, took: start.elapsed() }))
+}
+
+/// Whether a connection is taken. If not, it must have been refused: anything else is an error.
+pub fn opens(from: &Place, to: Ipv4Addr, port: u16) -> Result<bool> {
+    let to = SocketAddrV4::new(to, port);
+    match from.enter(|| TcpStream::connect_timeout(&to.into(), PATIENCE))? {
+        Ok(_) => Ok(true),
+        Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => Ok(false),
+        Err(other) => Err(other).with_context(|| format!("connect to {to}")),
+    }
+}
+
+/// Waits half a minute at most: what never comes is to fail a test rather than to hang it.
+#[track_caller]
+pub fn wait_for(what: &str, done: impl FnMut() -> bool) {
+    wait_within(Duration::from_secs(30), what, done);
+}
+
+#[track_caller]
+pub fn wait_within(patience: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
+    while !done() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// One ping; returns the round trip as ping measured it.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use weft_testbed::external_networker::{Container, Request};
 use weft_testbed::lab::Cell;
+use weft_testbed::prober::wait_for;
 use weft_testbed::{Lab, Options};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -104,15 +105,6 @@ fn devices(cell: &Cell) -> String {
     cell.place.run("ip", &["-brief", "link", "show", "type", "ifb"], "").unwrap()
 }
 
-/// Until the node has put right what somebody did.
-fn eventually(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
 #[test]
 fn limits_hold_within_ten_percent_both_ways_and_over_a_restart() {
     let lab = Lab::up(&Options::unique("bandwidth").unwrap()).unwrap();
@@ -167,16 +159,16 @@ fn damaged_limits_are_found_and_repaired() {
         cell.place.run("sh", &["-c", damage], "").unwrap();
         let why = cell.check(&limited).unwrap_err().to_string();
         assert!(why.contains("bandwidth is limited in another way"), "{damage}: {why}");
-        eventually(damage, || cell.check(&limited).is_ok());
+        wait_for(damage, || cell.check(&limited).is_ok());
         assert_whole(cell, &limited);
     }
     // A device that nobody asked for is not left standing.
     cell.place.ip("link add i-010255001099 type ifb\n").unwrap();
-    eventually("a stray device", || !devices(cell).contains("i-010255001099"));
+    wait_for("a stray device", || !devices(cell).contains("i-010255001099"));
 
     // A container that dies without a DEL takes its limits with it.
     cell.remove_namespace("limited").unwrap();
-    eventually("the device of a dead container", || devices(cell).is_empty());
+    wait_for("the device of a dead container", || devices(cell).is_empty());
     cell.del("limited").unwrap();
     assert_eq!(lab.complaints(&["drift repaired"]), Vec::<String>::new());
 }

@@ -3,12 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::process::Output;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use weft_testbed::external_networker::{Request, said};
 use weft_testbed::lab::Cell;
+use weft_testbed::prober::wait_for;
 use weft_testbed::{Lab, Options, prober};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -23,15 +23,6 @@ fn handles(cell: &Cell) -> Vec<String> {
     let status = cell.status().unwrap();
     let list = status["containers"].as_array().unwrap().iter();
     list.map(|container| container["handle"].as_str().unwrap().to_owned()).collect()
-}
-
-#[track_caller]
-fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn links(cell: &Cell) -> usize {

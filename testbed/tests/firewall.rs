@@ -29,10 +29,7 @@ fn lab(purpose: &str, more: impl FnOnce(&mut Options)) -> Lab {
     options.node.insert("disable_container_network_policy".into(), false.into());
     more(&mut options);
     let lab = Lab::up(&options).unwrap();
-    for cell in &lab.cells {
-        // Refusals are ICMP messages, and the kernel sends few of those in a second to one peer.
-        cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").unwrap();
-    }
+    lab.tell_all_refusals().unwrap();
     lab
 }
 

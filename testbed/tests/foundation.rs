@@ -2,26 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use weft_testbed::foundation::{APPS, CONTAINERS, fill, guid, policies};
 use weft_testbed::lab::Cell;
 use weft_testbed::policy_server::{Policy, PolicyServer, Route};
+use weft_testbed::prober::wait_within;
 use weft_testbed::{Lab, Options};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// After each of which the cell asks anew.
 const CHANGES: u64 = 5;
-
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
-}
 
 /// What is counted while policies change that are none of the cell's.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,11 +50,11 @@ fn change_elsewhere(server: &PolicyServer) {
         state.add_policies([policy.clone()])
     };
     server.change(change).unwrap().unwrap();
-    wait_for("a fetch", || server.asked(Route::Policies) > before);
+    wait_within(PATIENCE, "a fetch", || server.asked(Route::Policies) > before);
     // It is asked for in parts; behind the last one the time of the last change is asked for once more, and then by the
     // next poll.
     let last = server.asked(Route::PoliciesLastUpdated);
-    wait_for("its end", || server.asked(Route::PoliciesLastUpdated) >= last + 2);
+    wait_within(PATIENCE, "its end", || server.asked(Route::PoliciesLastUpdated) >= last + 2);
 }
 
 fn held(cell: &Cell) -> usize {
@@ -94,7 +86,7 @@ fn a_cell_of_a_large_foundation_asks_for_and_holds_what_is_its_own() {
     assert_eq!((all, CONTAINERS), (60_000, 250));
     server.change(|state| state.add_policies(concerned)).unwrap().unwrap();
     fill(cell).unwrap();
-    wait_for("all that concerns the cell", || held(cell) == own);
+    wait_within(PATIENCE, "all that concerns the cell", || held(cell) == own);
 
     let few = count(server, cell);
     server.change(|state| state.add_policies(others)).unwrap().unwrap();

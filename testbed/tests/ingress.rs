@@ -3,18 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use weft_testbed::external_networker::{Container, ECHO_PORT, Request};
 use weft_testbed::lab::{self, Cell};
 use weft_testbed::netns::Place;
 use weft_testbed::policy_server::{Policy, PolicyServer, Route, SecurityGroup};
-use weft_testbed::prober;
+use weft_testbed::prober::{self, wait_for};
 use weft_testbed::{Lab, Options};
 
 const WORLD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -38,9 +38,7 @@ fn lab<const N: usize>(purpose: &str, only: [Value; N]) -> Lab {
     }));
     options.only = (1..).zip(only).map(|(index, only)| (format!("cell{index}"), properties(only))).collect();
     let lab = Lab::up(&options).unwrap();
-    for cell in &lab.cells {
-        cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").unwrap();
-    }
+    lab.tell_all_refusals().unwrap();
     lab
 }
 
@@ -61,19 +59,7 @@ fn mapped(handle: &str, host: u16, container: u16) -> Request {
 
 /// Whether a connection is taken; else it must be refused.
 fn reaches(from: &Place, addr: Ipv4Addr, port: u16) -> bool {
-    match from.enter(|| TcpStream::connect_timeout(&SocketAddrV4::new(addr, port).into(), ANSWER)).unwrap() {
-        Ok(_) => true,
-        Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => false,
-        Err(other) => panic!("to {addr}:{port}: {other}"),
-    }
-}
-
-fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
+    prober::opens(from, addr, port).unwrap()
 }
 
 fn explain(cell: &Cell, from: &str, to: &str) -> Value {

@@ -5,13 +5,13 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 use weft_testbed::external_networker::{Container, Request};
 use weft_testbed::lab::Cell;
 use weft_testbed::netns::Place;
-use weft_testbed::prober::ping_whole;
+use weft_testbed::prober::{ping_whole, wait_for};
 use weft_testbed::{Lab, Options};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -49,14 +49,6 @@ fn link(container: &Container) -> String {
     format!("s-{a:03}{b:03}{c:03}{d:03}")
 }
 
-fn eventually(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
 /// Both ends of the link, and the VTEP.
 fn carries(cell: &Cell, container: &Container) -> [u32; 3] {
     [mtu(&cell.place, "silk-vtep"), mtu(&cell.place, &link(container)), mtu(&container.place, "eth0")]
@@ -86,10 +78,10 @@ fn links_of_running_containers_follow_the_underlay() {
             first.start_node().unwrap();
             first.wait_ready(1, PATIENCE).unwrap();
         }
-        eventually("links follow", || {
+        wait_for("links follow", || {
             carries(first, &one) == [overlay; 3] && carries(second, &two) == [overlay; 3]
         });
-        eventually("as far as was asked for", || carries(first, &small)[1..] == [overlay.min(1300); 2]);
+        wait_for("as far as was asked for", || carries(first, &small)[1..] == [overlay.min(1300); 2]);
         ping_whole(&one.place, two.addr, overlay).unwrap();
         ping_whole(&one.place, two.addr, overlay + 1).unwrap_err();
         assert_eq!(transfer(&one.place, &two.place, two.addr), overlay - 52, "segments with timestamps");
@@ -128,11 +120,9 @@ fn a_container_that_cannot_be_reached_keeps_a_link_that_works() {
     drop(kept);
 
     set_underlay(&lab, 1400);
-    eventually("the VTEPs follow", || {
-        [first, second].iter().all(|cell| mtu(&cell.place, "silk-vtep") == 1350)
-    });
-    eventually("it is said", || !lab.complaints(&[]).is_empty());
-    eventually("who can be reached follows", || carries(second, &two) == [1350; 3]);
+    wait_for("the VTEPs follow", || [first, second].iter().all(|cell| mtu(&cell.place, "silk-vtep") == 1350));
+    wait_for("it is said", || !lab.complaints(&[]).is_empty());
+    wait_for("who can be reached follows", || carries(second, &two) == [1350; 3]);
     assert_eq!((mtu(&first.place, &link(&one)), mtu(&place, "eth0")), (1450, 1450));
     assert_eq!(transfer(&place, &two.place, two.addr), 1350 - 52, "too much is told, and sent anew");
     transfer(&two.place, &place, one.addr);

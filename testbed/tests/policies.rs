@@ -3,16 +3,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
-use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 use weft_testbed::external_networker::{Container, ECHO_PORT, Request};
 use weft_testbed::lab::Cell;
 use weft_testbed::policy_server::{Fault, Policy, PolicyServer, SecurityGroup};
-use weft_testbed::prober::Transfer;
+use weft_testbed::prober::{self, Transfer, wait_for};
 use weft_testbed::{Lab, Options};
 
 const WORLD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -31,9 +30,7 @@ fn lab(purpose: &str) -> Lab {
     });
     options.node.extend(node.as_object().cloned().unwrap());
     let lab = Lab::up(&options).unwrap();
-    for cell in &lab.cells {
-        cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").unwrap();
-    }
+    lab.tell_all_refusals().unwrap();
     lab
 }
 
@@ -57,20 +54,7 @@ fn policy(from: &Container, to: &Container) -> Policy {
 
 /// Whether a connection is taken; else it must be refused.
 fn reaches(from: &Container, addr: Ipv4Addr, port: u16) -> bool {
-    let to = SocketAddrV4::new(addr, port).into();
-    match from.place.enter(|| TcpStream::connect_timeout(&to, Duration::from_secs(3))).unwrap() {
-        Ok(_) => true,
-        Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => false,
-        Err(other) => panic!("{} to {addr}:{port}: {other}", from.handle),
-    }
-}
-
-fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
+    prober::opens(&from.place, addr, port).unwrap()
 }
 
 #[test]

@@ -13,7 +13,7 @@ use weft_testbed::external_networker::{Container, ECHO_PORT, Request};
 use weft_testbed::lab::Cell;
 use weft_testbed::netns::Place;
 use weft_testbed::policy_server::{Policy, PolicyServer, SecurityGroup};
-use weft_testbed::prober::Transfer;
+use weft_testbed::prober::{self, Transfer};
 use weft_testbed::{Lab, Options};
 
 const WORLD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -45,9 +45,7 @@ fn lab_with(purpose: &str, properties: Value, plugin: Value) -> Lab {
     options.node.extend(properties.as_object().cloned().unwrap());
     options.plugin.extend(plugin.as_object().cloned().unwrap());
     let lab = Lab::up(&options).unwrap();
-    for cell in &lab.cells {
-        cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").unwrap();
-    }
+    lab.tell_all_refusals().unwrap();
     lab
 }
 
@@ -67,12 +65,7 @@ fn policy(from: &str, to: &str) -> Policy {
 
 /// Whether a connection is taken; else it must be refused.
 fn reaches(from: &Container, addr: Ipv4Addr, port: u16) -> bool {
-    let to = SocketAddrV4::new(addr, port).into();
-    match from.place.enter(|| TcpStream::connect_timeout(&to, Duration::from_secs(3))).unwrap() {
-        Ok(_) => true,
-        Err(refused) if refused.kind() == ErrorKind::ConnectionRefused => false,
-        Err(other) => panic!("{} to {addr}:{port}: {other}", from.handle),
-    }
+    prober::opens(&from.place, addr, port).unwrap()
 }
 
 /// Status and body of a request on the cell's loopback.

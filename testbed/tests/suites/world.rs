@@ -13,6 +13,7 @@ use weft_testbed::external_networker::{Container, Request};
 use weft_testbed::lab::Cell;
 use weft_testbed::netns::Place;
 use weft_testbed::policy_server::{Policy, PolicyServer, SecurityGroup};
+pub(crate) use weft_testbed::prober::wait_for;
 use weft_testbed::{Lab, Options};
 
 /// The machine that all cells' underlay devices lead to: the world, for containers.
@@ -45,10 +46,7 @@ pub(crate) fn lab(purpose: &str, node: Map<String, Value>, plugin: &Value) -> La
     options.node.extend(node);
     options.plugin = object(plugin);
     let lab = Lab::up(&options).unwrap();
-    for cell in &lab.cells {
-        // Refusals are ICMP messages, and the kernel sends few of those in a second to one peer.
-        cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").unwrap();
-    }
+    lab.tell_all_refusals().unwrap();
     lab
 }
 
@@ -237,14 +235,6 @@ impl Drop for Answerer {
 }
 
 // === time ===
-
-pub(crate) fn wait_for(what: &str, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
-}
 
 /// Makes a change, and waits until it is in force: within `promise`, and what the machine may have kept us waiting. How
 /// long that is says the control, in the same run: a connection from the cell to itself, which no change concerns.
