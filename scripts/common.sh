@@ -76,6 +76,6 @@ as_build_user() {
         # Root builds with the toolchain of the one who called sudo, in root's own cache.
         home=$(getent passwd "${SUDO_USER:-root}" | cut -d: -f6)
         [ -x "$home/.cargo/bin/cargo" ] || fail "cargo is not there: install Rust from https://rustup.rs"
-        RUSTUP_HOME=$home/.rustup CARGO_HOME=/root/.cargo PATH=$home/.cargo/bin:$PATH "$@"
+        RUSTUP_HOME=$home/.rustup CARGO_HOME=~root/.cargo PATH=$home/.cargo/bin:$PATH "$@"
     fi
 }

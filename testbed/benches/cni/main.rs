@@ -3,6 +3,8 @@
 //! driver adds nothing but the spawn. docs/benchmarks.md says what each figure means.
 
 mod lists;
+#[path = "../common/machine.rs"]
+mod machine;
 mod parts;
 
 use std::collections::VecDeque;
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 use lists::List;
+use machine::{Machine, exit, progress};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use serde::Serialize;
@@ -50,9 +53,8 @@ struct Arguments {
 #[derive(Debug, Serialize)]
 struct Report {
     bench: &'static str,
-    cores: usize,
-    kernel: String,
-    load_before: f64,
+    #[serde(flatten)]
+    machine: Machine,
     rows: Vec<Row>,
     parts: Vec<parts::Part>,
 }
@@ -89,26 +91,18 @@ struct Times {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
     interrupt::watch()?;
     let mut options = Options::unique("bench")?;
     options.cells = 1;
-    let load_before = load();
+    let machine = Machine::look()?;
     let lab = Lab::up(&options)?;
     let report = Report {
         bench: "cni",
-        cores: thread::available_parallelism()?.get(),
-        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-        load_before,
+        machine,
         parts: parts::all(&lab.cells[0], arguments.count)?,
         rows: rows(&lab.cells[0], arguments)?,
     };
@@ -352,7 +346,7 @@ fn none_failed(calls: Vec<Call>) -> Result<()> {
 
 impl Report {
     fn print(&self) {
-        println!("{} cores, Linux {}, load before {:.2}\n", self.cores, self.kernel, self.load_before);
+        println!("{}\n", self.machine);
         println!(
             "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>10} {:>8} {:>6}",
             "",
@@ -416,14 +410,4 @@ fn children_cpu_ms() -> Result<f64> {
     let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
     #[expect(clippy::cast_precision_loss, reason = "microseconds of CPU of one run fit")]
     Ok(micros as f64 / 1000.0)
-}
-
-/// The machine's load average over a minute: a figure taken on a busy machine is another figure.
-fn load() -> f64 {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or_default()
-}
-
-fn progress(text: &str) {
-    eprintln!("bench: {text}");
 }

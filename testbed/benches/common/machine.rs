@@ -1,10 +1,10 @@
-//! The machine that a bench runs on.
+//! What every bench says of the machine that it runs on, and how it ends.
 
+use std::fmt;
+use std::process::ExitCode;
 use std::thread;
 
-use anyhow::{Context, Result};
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use anyhow::Result;
 use serde::Serialize;
 
 /// What every report begins with.
@@ -26,14 +26,21 @@ impl Machine {
     }
 }
 
-/// This thread and all that come of it. Where no two of them run at once, nobody waits for another processor to wake up,
-/// and a thread's time is known once another runs.
-pub(crate) fn stay_on_one_processor() -> Result<()> {
-    let allowed = sched_getaffinity(Pid::from_raw(0))?;
-    let first = (0..CpuSet::count()).find(|n| allowed.is_set(*n).unwrap_or(false));
-    let mut one = CpuSet::new();
-    one.set(first.context("a processor to run on")?)?;
-    sched_setaffinity(Pid::from_raw(0), &one).context("stay on one processor")
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cores, kernel, load_before } = self;
+        write!(f, "{cores} cores, Linux {kernel}, load before {load_before:.2}")
+    }
+}
+
+pub(crate) fn exit(done: Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// The machine's load average over a minute: a figure taken on a busy machine is another figure.

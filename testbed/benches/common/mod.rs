@@ -6,3 +6,4 @@ pub(crate) mod bed;
 pub(crate) mod change;
 pub(crate) mod figure;
 pub(crate) mod machine;
+pub(crate) mod processor;

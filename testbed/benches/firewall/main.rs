@@ -19,7 +19,8 @@ use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use weft_testbed::interrupt;
 
-use common::machine::{Machine, stay_on_one_processor};
+use common::machine::{Machine, exit};
+use common::processor::stay_on_one_processor;
 
 /// What the firewall's changes cost the node, and what its program costs a packet.
 #[derive(Debug, Parser)]
@@ -71,14 +72,7 @@ struct Report {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let done = if arguments.hold { memory::hold() } else { run(&arguments) };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(if arguments.hold { memory::hold() } else { run(&arguments) })
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

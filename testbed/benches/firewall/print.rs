@@ -6,10 +6,7 @@ use super::packets;
 use crate::common::figure::show;
 
 pub(super) fn tables(report: &Report) {
-    println!(
-        "{} cores, Linux {}, load before {:.2}; medians of {} rounds (least..most)",
-        report.machine.cores, report.machine.kernel, report.machine.load_before, report.rounds
-    );
+    println!("{}; medians of {} rounds (least..most)", report.machine, report.rounds);
     if !report.add.is_empty() {
         println!("\nA container's rules added (milliseconds; a list that nobody has, or that somebody has)");
         changes(&report.add);

@@ -17,7 +17,8 @@ use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use weft_testbed::interrupt;
 
-use common::machine::{Machine, stay_on_one_processor};
+use common::machine::{Machine, exit};
+use common::processor::stay_on_one_processor;
 
 /// What the policy server's answers cost the node.
 #[derive(Debug, Parser)]
@@ -61,13 +62,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

@@ -6,11 +6,7 @@ use super::foundation;
 use crate::common::figure::show;
 
 pub(super) fn tables(report: &Report) {
-    let machine = &report.machine;
-    println!(
-        "{} cores, Linux {}, load before {:.2}; medians of {} rounds (least..most)",
-        machine.cores, machine.kernel, machine.load_before, report.rounds
-    );
+    println!("{}; medians of {} rounds (least..most)", report.machine, report.rounds);
     if !report.changes.is_empty() {
         println!("\nAn answer of the policy server, for 50 containers (milliseconds)");
         changes(&report.changes);
