@@ -235,26 +235,32 @@ impl Lab {
             .map_or_else(|| self.cell(name).map(|cell| cell.place.clone()), |found| Ok(found.place.clone()))
     }
 
-    /// Every refusal is told at once. They are ICMP messages, and the kernel sends few of those in a second to one peer.
+    /// Every refusal is told at once. They are ICMP messages: the kernel sends few of those in a second to one peer, and
+    /// but some dozens at once to all. An older kernel has the limit for all outside the cells' namespaces.
     pub fn tell_all_refusals(&self) -> Result<()> {
-        self.cells.iter().try_for_each(|cell| {
-            cell.place.run("sysctl", &["-q", "-w", "net.ipv4.icmp_ratelimit=0"], "").map(drop)
-        })
+        let limits = ["icmp_ratelimit=0", "icmp_msgs_per_sec=1000000", "icmp_msgs_burst=1000000"]
+            .map(|limit| format!("net.ipv4.{limit}"));
+        let write: Vec<&str> =
+            ["-q", "-e", "-w"].into_iter().chain(limits.iter().map(String::as_str)).collect();
+        self.cells.iter().try_for_each(|cell| cell.place.run("sysctl", &write, "").map(drop))
     }
 
     /// Every WARN or ERROR line in any log of the lab's daemons, except those that contain one of `expected`.
     /// A system that does what it should says nothing of the kind.
     pub fn complaints(&self, expected: &[&str]) -> Vec<String> {
-        let nodes = self.cells.iter().map(|cell| (&cell.name, &cell.node));
-        let controllers = self.controllers.iter().map(|controller| (&controller.name, &controller.daemon));
         let mut complaints = Vec::new();
-        for (name, daemon) in nodes.chain(controllers) {
+        for (name, daemon) in self.daemons() {
             let log = fs::read_to_string(&daemon.log).unwrap_or_default();
             let loud = log.lines().filter(|line| is_loud(line));
             let unexpected = loud.filter(|line| !expected.iter().any(|text| line.contains(text)));
             complaints.extend(unexpected.map(|line| format!("{name}: {line}")));
         }
         complaints
+    }
+
+    fn daemons(&self) -> impl Iterator<Item = (&String, &Daemon)> {
+        let nodes = self.cells.iter().map(|cell| (&cell.name, &cell.node));
+        nodes.chain(self.controllers.iter().map(|controller| (&controller.name, &controller.daemon)))
     }
 
     /// Where everything is: the same function for a lab to be made and for one that is found again.
@@ -306,6 +312,11 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            for (name, daemon) in self.daemons() {
+                eprintln!("the last that {name} said:\n{}", daemon.tail());
+            }
+        }
         // Its socket would keep the namespace.
         self.policy_server = None;
         if let Some(claim) = self.claim.take()
