@@ -30,7 +30,7 @@ pub(crate) const DEFAULT_SOCKET: &str = "/var/vcap/data/weft-node/run/weft-node.
 
 /// The versions of the CNI specification that results can be given in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Version {
+pub enum Version {
     V0_1_0,
     V0_2_0,
     V0_3_0,
@@ -43,7 +43,7 @@ pub(crate) enum Version {
 impl Version {
     pub(crate) const ALL: [Self; 7] =
         [Self::V0_1_0, Self::V0_2_0, Self::V0_3_0, Self::V0_3_1, Self::V0_4_0, Self::V1_0_0, Self::V1_1_0];
-    pub(crate) const LATEST: Self = Self::V1_1_0;
+    pub const LATEST: Self = Self::V1_1_0;
 
     pub(crate) fn as_str(self) -> &'static str {
         match self {

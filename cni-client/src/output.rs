@@ -66,7 +66,7 @@ pub(crate) fn added(
 }
 
 /// `msg` says what happened, `details` which kind it is: names do not change, texts may.
-pub(crate) fn error(version: Version, code: u32, reason: &Reason) -> String {
+pub fn error(version: Version, code: u32, reason: &Reason) -> String {
     let name = serde_json::to_value(reason).ok().and_then(|value| value.get("reason").cloned());
     pretty(&json!({
         "cniVersion": version.as_str(),

@@ -129,7 +129,7 @@ impl Watch {
 
 impl Notice {
     /// None if it is of another subsystem, tells nothing about an object, or cannot be read. `kind`: a message's type.
-    fn read(kind: u16, by_port: u32, payload: &[u8]) -> Option<Self> {
+    pub fn read(kind: u16, by_port: u32, payload: &[u8]) -> Option<Self> {
         let [message, subsystem] = kind.to_le_bytes();
         let (object, kind) = of_message(message).filter(|_| subsystem == SUBSYSTEM)?;
         let (header, attributes) = payload.split_at_checked(HEADER)?;
