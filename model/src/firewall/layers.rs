@@ -43,7 +43,7 @@ type Span = (u32, u32);
 type Boxes = BTreeMap<Side, BTreeMap<u32, u32>>;
 
 /// What one rule lets through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy)]
 struct Egress {
     side: Side,
     span: Span,
@@ -122,6 +122,14 @@ impl Side {
 }
 
 impl Egress {
+    /// By its sides, and by its addresses among those that have the same.
+    fn order(&self) -> u128 {
+        let Side { shape, protocol, low, high } = self.side;
+        let parts = [shape as u16, protocol.into(), low[0], high[0], low[1], high[1]];
+        let side = parts.into_iter().fold(0, |all, part| all << u16::BITS | u128::from(part));
+        side << u32::BITS | u128::from(self.span.0)
+    }
+
     /// Of its sides first, then of its addresses.
     fn size(&self) -> (u32, u32) {
         let sides = self.side.high.iter().zip(self.side.low).map(|(high, low)| u32::from(high - low));
@@ -252,7 +260,7 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
 
 /// Boxes that differ in their addresses only, and touch or overlap there, become one.
 fn merge(boxes: &mut Vec<Egress>) {
-    boxes.sort_unstable();
+    boxes.sort_unstable_by_key(Egress::order);
     boxes.dedup_by(|next, one| {
         let joins = next.side == one.side && next.span.0 <= one.span.1.saturating_add(1);
         if joins {
@@ -275,18 +283,16 @@ fn first_run(boxes: &[Egress]) -> usize {
 
 /// Each box into the first layer where it meets no other, behind all that have to be asked before it.
 fn lay(run: &[Egress], layers: &mut Vec<Layer>) {
-    for Egress { side, span, log, .. } in run {
-        let met: Vec<Meeting> = layers.iter().map(|layer| layer.meets(side, *span)).collect();
-        if met.contains(&Meeting::Within) {
-            continue;
+    'boxes: for Egress { side, span, log, .. } in run {
+        let mut place = None;
+        for (n, layer) in layers.iter().enumerate() {
+            match layer.meets(side, *span) {
+                Meeting::Within => continue 'boxes,
+                Meeting::Overlaps if layer.log != *log => place = None,
+                Meeting::Apart if (layer.shape, layer.log) == (side.shape, *log) => place = place.or(Some(n)),
+                Meeting::Overlaps | Meeting::Apart => {}
+            }
         }
-        let met = || layers.iter().zip(&met);
-        let after = met().rposition(|(layer, met)| layer.log != *log && *met != Meeting::Apart);
-        let fits = |(layer, met): (&Layer, &Meeting)| {
-            (layer.shape, layer.log) == (side.shape, *log) && *met == Meeting::Apart
-        };
-        let from = after.map_or(0, |n| n + 1);
-        let place = met().skip(from).position(fits).map(|n| n + from);
         let place = place.unwrap_or_else(|| {
             layers.push(Layer::new(side.shape, *log));
             layers.len() - 1
