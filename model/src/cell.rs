@@ -16,6 +16,7 @@ pub mod step;
 pub mod unit;
 mod wave;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::sync::Arc;
@@ -438,9 +439,12 @@ impl Cell {
             }
         }
         for (key, object) in now {
-            if self.wanted.get(&key) != Some(&object) {
-                self.touched.insert(key.clone());
-                self.wanted.insert(key, object);
+            match self.wanted.entry(key) {
+                Entry::Occupied(there) if *there.get() == object => {}
+                place => {
+                    self.touched.insert(place.key().clone());
+                    place.insert_entry(object);
+                }
             }
         }
     }

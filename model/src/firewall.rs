@@ -68,7 +68,7 @@ pub enum Part {
     Set(Name),
     Chain(Name),
     /// An element of a map or set that containers and peers enter, by the bytes of its key.
-    Element(Name, Box<[u8]>),
+    Element(Name, Arc<[u8]>),
 }
 
 /// Its content.
@@ -158,7 +158,7 @@ fn set(name_of: &str, set: Set, ranges: Ranges) -> (Part, Content) {
     (Part::Set(name(name_of)), Content::Set(Arc::new(Filled { set, ranges })))
 }
 
-fn element(set: &str, key: Vec<u8>, data: Data) -> (Part, Content) {
+fn element(set: &str, key: impl Into<Arc<[u8]>>, data: Data) -> (Part, Content) {
     (Part::Element(name(set), key.into()), Content::Element(data))
 }
 

@@ -193,27 +193,27 @@ impl<T: Clone> Batch<T> {
     ) {
         self.own(owner);
         let flags = if kind == NFT_MSG_NEWSETELEM { NLM_F_CREATE | NLM_F_EXCL } else { 0 };
-        let mut list = Writer::default();
-        let mut say = |list: &[u8]| {
+        let mut all = all.peekable();
+        while all.peek().is_some() {
             self.say(kind, flags, |out, table, sets| {
                 out.text(NFTA_SET_ELEM_LIST_TABLE, table);
                 out.text(NFTA_SET_ELEM_LIST_SET, set.as_str());
                 if let Some(id) = sets.get(set) {
                     out.be32(NFTA_SET_ELEM_LIST_SET_ID, *id);
                 }
-                out.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |out| out.append(list));
+                out.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |out| {
+                    let start = out.len();
+                    while let Some((key, end, data)) = all.peek() {
+                        let before = out.len();
+                        encode::element(out, key, *end, data);
+                        if before > start && out.len() - start > ROOM {
+                            out.cut(before);
+                            break;
+                        }
+                        all.next();
+                    }
+                });
             });
-        };
-        for (key, end, data) in all {
-            let before = list.len();
-            encode::element(&mut list, key, end, data);
-            if list.len() > ROOM {
-                say(list.up_to(before));
-                list.forget(before);
-            }
-        }
-        if list.len() > 0 {
-            say(list.up_to(list.len()));
         }
     }
 

@@ -97,18 +97,9 @@ impl Writer {
         self.0.resize(self.0.len().next_multiple_of(4), 0);
     }
 
-    /// Attributes written elsewhere.
-    pub(crate) fn append(&mut self, attributes: &[u8]) {
-        self.0.extend_from_slice(attributes);
-    }
-
-    pub(crate) fn up_to(&self, end: usize) -> &[u8] {
-        &self.0[..end]
-    }
-
-    /// The first so many bytes.
-    pub(crate) fn forget(&mut self, bytes: usize) {
-        self.0.drain(..bytes);
+    /// Takes back all but the first so many bytes.
+    pub(crate) fn cut(&mut self, bytes: usize) {
+        self.0.truncate(bytes);
     }
 
     pub(crate) fn len(&self) -> usize {

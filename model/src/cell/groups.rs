@@ -66,5 +66,6 @@ impl Cell {
 fn dynamic(groups: &[SecurityGroup], space: &str, passed: &Profile) -> Option<Arc<Known>> {
     let rules = rules_for(groups, space, passed.workload);
     let fits = rules.len() <= MAX_RULES;
-    fits.then(|| Arc::new(Profile { rules, ..passed.clone() }.into()))
+    let (workload, settings) = (passed.workload, &passed.settings);
+    fits.then(|| Arc::new(Profile { workload, settings: settings.clone(), rules }.into()))
 }

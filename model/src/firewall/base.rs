@@ -61,8 +61,8 @@ pub fn base(base: &Base<'_>) -> Planned {
             planned.push(hooked("output", Kind::Filter, Hook::Output, BEFORE_IPTABLES, base.output(tag)));
         }
     }
-    planned.extend(METADATA.map(|addr| element("metadata", addr.to_vec(), Data::Nothing)));
-    planned.push(element("metadata", AZURE.to_vec(), Data::Nothing));
+    planned.extend(METADATA.map(|addr| element("metadata", addr, Data::Nothing)));
+    planned.push(element("metadata", AZURE, Data::Nothing));
     planned.extend([
         hooked("forward", Kind::Filter, Hook::Forward, BEFORE_IPTABLES, base.forward()),
         chain("sent", known("from-container")),

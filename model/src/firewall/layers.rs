@@ -5,6 +5,7 @@
 //! overlaps another. All accept, so the order of layers matters only where some log and others do not: of the rules
 //! that match, the last one decides whether a connection is logged.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
@@ -41,13 +42,25 @@ type Span = (u32, u32);
 /// First address to last address, by what the boxes have besides.
 type Boxes = BTreeMap<Side, BTreeMap<u32, u32>>;
 
+/// What one rule lets through.
+#[derive(Debug, Clone, Copy)]
+struct Egress {
+    side: Side,
+    span: Span,
+    log: bool,
+    /// Its place in the list.
+    number: usize,
+}
+
 /// Boxes of one shape that do not overlap, and whether what they let through is logged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Layer {
     pub(super) shape: Shape,
     pub(super) log: bool,
-    /// By the width of their sides, so that those that meet another are found without looking at all.
-    boxes: BTreeMap<u32, Boxes>,
+    boxes: Vec<(Side, Span)>,
+    /// Those of the run at hand, by the width of their sides, so that those that meet another are found without looking
+    /// at all.
+    near: BTreeMap<u32, Boxes>,
     /// All their addresses, as spans that do not touch: most boxes meet none of these.
     covered: BTreeMap<u32, u32>,
 }
@@ -108,13 +121,33 @@ impl Side {
     }
 }
 
+impl Egress {
+    /// By its sides, and by its addresses among those that have the same.
+    fn order(&self) -> u128 {
+        let Side { shape, protocol, low, high } = self.side;
+        let parts = [shape as u16, protocol.into(), low[0], high[0], low[1], high[1]];
+        let side = parts.into_iter().fold(0, |all, part| all << u16::BITS | u128::from(part));
+        side << u32::BITS | u128::from(self.span.0)
+    }
+
+    /// Of its sides first, then of its addresses.
+    fn size(&self) -> (u32, u32) {
+        let sides = self.side.high.iter().zip(self.side.low).map(|(high, low)| u32::from(high - low));
+        (sides.sum(), self.span.1 - self.span.0)
+    }
+}
+
 impl Layer {
+    fn new(shape: Shape, log: bool) -> Self {
+        Self { shape, log, boxes: Vec::new(), near: BTreeMap::new(), covered: BTreeMap::new() }
+    }
+
     /// Boxes of a layer do not overlap, so the first one that meets this one says all.
     fn meets(&self, side: &Side, (first, last): Span) -> Meeting {
         if self.covered.range(..=last).next_back().is_none_or(|(_, end)| *end < first) {
             return Meeting::Apart;
         }
-        let met = self.near(side).filter(|(other, _)| other.overlaps(side)).find_map(|(other, spans)| {
+        let met = self.beside(side).filter(|(other, _)| other.overlaps(side)).find_map(|(other, spans)| {
             let (from, to) = spans.range(..=last).next_back().filter(|(_, end)| **end >= first)?;
             Some(other.contains(side) && *from <= first && last <= *to)
         });
@@ -126,10 +159,10 @@ impl Layer {
     }
 
     /// All sides that may overlap this one.
-    fn near(&self, side: &Side) -> impl Iterator<Item = (&Side, &BTreeMap<u32, u32>)> {
+    fn beside(&self, side: &Side) -> impl Iterator<Item = (&Side, &BTreeMap<u32, u32>)> {
         let everything = self.shape == Shape::Any || side.shape == Shape::Any;
         let none = self.shape != side.shape && !everything;
-        self.boxes.iter().filter(move |_| !none).flat_map(move |(width, boxes)| {
+        self.near.iter().filter(move |_| !none).flat_map(move |(width, boxes)| {
             let (least, most) = side.neighbours(*width);
             let (from, to) = match everything {
                 true => (Bound::Unbounded, Bound::Unbounded),
@@ -139,8 +172,9 @@ impl Layer {
         })
     }
 
-    fn insert(&mut self, side: Side, span: Span) {
-        self.boxes.entry(side.width()).or_default().entry(side).or_default().insert(span.0, span.1);
+    /// Others of its run are to find it.
+    fn show(&mut self, side: Side, span: Span) {
+        self.near.entry(side.width()).or_default().entry(side).or_default().insert(span.0, span.1);
         let (mut first, mut last) = span;
         while let Some((from, to)) = self.covered.range(..=last.saturating_add(1)).next_back()
             && to.saturating_add(1) >= first
@@ -178,12 +212,10 @@ impl Layer {
             }
             key
         };
-        let ends = self.boxes.values().flatten().flat_map(|(side, spans)| {
-            let one = |(first, last): (&u32, &u32)| {
-                (end(side, *first, side.low, 0), end(side, *last, side.high, 255))
-            };
-            spans.iter().map(one)
-        });
+        let ends = self
+            .boxes
+            .iter()
+            .map(|(side, (first, last))| (end(side, *first, side.low, 0), end(side, *last, side.high, 255)));
         let ends: Vec<([u8; 12], [u8; 12])> = ends.collect();
         let whole = length as usize;
         Ranges::new(length, ends.iter().map(|(low, high)| (&low[..whole], &high[..whole])))
@@ -191,60 +223,89 @@ impl Layer {
 }
 
 /// Layers in the order in which they are asked. `log_all` makes every rule a logging one.
+///
+/// Most rules of a list have addresses of their own. So boxes are taken in runs whose addresses meet no other run's:
+/// only those of one run have to be compared.
 pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
-    let logs = |rule: &EgressRule| rule.log || log_all;
-    let mut boxes: Vec<(Side, Span, bool)> = rules
-        .iter()
-        .map(|rule| (Side::of(rule.traffic), (rule.to.first().into(), rule.to.last().into()), logs(rule)))
-        .collect();
-    let alike = boxes.windows(2).all(|pair| pair[0].2 == pair[1].2);
+    let egress = |(number, rule): (usize, &EgressRule)| Egress {
+        side: Side::of(rule.traffic),
+        span: (rule.to.first().into(), rule.to.last().into()),
+        log: rule.log || log_all,
+        number,
+    };
+    let mut boxes: Vec<Egress> = rules.iter().enumerate().map(egress).collect();
+    let alike = boxes.windows(2).all(|pair| pair[0].log == pair[1].log);
     if alike {
-        // The order means nothing, so neighbours can be made one, and what holds others comes before them.
-        boxes = merged(boxes);
-    } else {
-        boxes.reverse();
+        merge(&mut boxes);
     }
+    boxes.sort_unstable_by_key(|one| (one.span.0, one.number));
     let mut layers: Vec<Layer> = Vec::new();
-    for (side, span, log) in boxes {
-        let met: Vec<Meeting> = layers.iter().map(|layer| layer.meets(&side, span)).collect();
-        if met.contains(&Meeting::Within) {
-            continue;
+    let mut rest = boxes.as_mut_slice();
+    while !rest.is_empty() {
+        let (run, behind) = rest.split_at_mut(first_run(rest));
+        if alike {
+            // The order means nothing, so what holds others comes before them.
+            run.sort_unstable_by_key(|one| (one.side.shape, Reverse(one.size()), one.number));
+        } else {
+            run.sort_unstable_by_key(|one| Reverse(one.number));
         }
-        let met = || layers.iter().zip(&met);
-        // Behind every layer that has to be asked before it.
-        let after = met().rposition(|(layer, met)| layer.log != log && *met != Meeting::Apart);
-        let fits = |(layer, met): (&Layer, &Meeting)| {
-            (layer.shape, layer.log) == (side.shape, log) && *met == Meeting::Apart
-        };
-        let from = after.map_or(0, |n| n + 1);
-        let place = met().skip(from).position(fits).map(|n| n + from);
-        let place = place.unwrap_or_else(|| {
-            layers.push(Layer { shape: side.shape, log, boxes: BTreeMap::new(), covered: BTreeMap::new() });
-            layers.len() - 1
-        });
-        layers[place].insert(side, span);
+        lay(run, &mut layers);
+        rest = behind;
+    }
+    if alike {
+        layers.sort_by_key(|layer| layer.shape);
     }
     layers
 }
 
-/// Boxes that differ in their addresses only, and touch or overlap there, become one. Larger ones come first.
-fn merged(mut boxes: Vec<(Side, Span, bool)>) -> Vec<(Side, Span, bool)> {
-    boxes.sort_unstable();
-    let mut merged: Vec<(Side, Span, bool)> = Vec::with_capacity(boxes.len());
-    for (side, (first, last), log) in boxes {
-        match merged.last_mut() {
-            Some((same, (_, end), _)) if *same == side && first <= end.saturating_add(1) => {
-                *end = last.max(*end)
+/// Boxes that differ in their addresses only, and touch or overlap there, become one.
+fn merge(boxes: &mut Vec<Egress>) {
+    boxes.sort_unstable_by_key(Egress::order);
+    boxes.dedup_by(|next, one| {
+        let joins = next.side == one.side && next.span.0 <= one.span.1.saturating_add(1);
+        if joins {
+            one.span.1 = one.span.1.max(next.span.1);
+        }
+        joins
+    });
+}
+
+/// How many boxes there are before the first whose addresses, and those of all behind it, none of them has.
+fn first_run(boxes: &[Egress]) -> usize {
+    let mut end = 0;
+    let apart = |(n, one): (usize, &Egress)| {
+        let apart = n > 0 && one.span.0 > end;
+        end = end.max(one.span.1);
+        apart
+    };
+    boxes.iter().enumerate().position(apart).unwrap_or(boxes.len())
+}
+
+/// Each box into the first layer where it meets no other, behind all that have to be asked before it.
+fn lay(run: &[Egress], layers: &mut Vec<Layer>) {
+    'boxes: for Egress { side, span, log, .. } in run {
+        let mut place = None;
+        for (n, layer) in layers.iter().enumerate() {
+            match layer.meets(side, *span) {
+                Meeting::Within => continue 'boxes,
+                Meeting::Overlaps if layer.log != *log => place = None,
+                Meeting::Apart if (layer.shape, layer.log) == (side.shape, *log) => place = place.or(Some(n)),
+                Meeting::Overlaps | Meeting::Apart => {}
             }
-            _ => merged.push((side, (first, last), log)),
+        }
+        let place = place.unwrap_or_else(|| {
+            layers.push(Layer::new(side.shape, *log));
+            layers.len() - 1
+        });
+        layers[place].boxes.push((*side, *span));
+        if run.len() > 1 {
+            layers[place].show(*side, *span);
         }
     }
-    let size =
-        |side: &Side| side.high.iter().zip(side.low).map(|(high, low)| u32::from(high - low)).sum::<u32>();
-    merged.sort_by_cached_key(|(side, (first, last), _)| {
-        (side.shape, std::cmp::Reverse(size(side)), std::cmp::Reverse(last - first), *first)
-    });
-    merged
+    for layer in layers {
+        layer.near.clear();
+        layer.covered.clear();
+    }
 }
 
 #[cfg(test)]
@@ -273,21 +334,13 @@ mod tests {
         proptest::collection::vec(one, 1..40)
     }
 
-    fn boxes(layer: &Layer) -> Vec<(Side, Span)> {
-        let flat = |(side, spans): (&Side, &BTreeMap<u32, u32>)| {
-            spans.iter().map(|(first, last)| (*side, (*first, *last))).collect::<Vec<_>>()
-        };
-        layer.boxes.values().flatten().flat_map(flat).collect()
-    }
-
     proptest! {
         /// The kernel would refuse a set of which two boxes overlap.
         #[test]
         fn no_two_boxes_of_a_layer_overlap(rules in rules(), log_all in any::<bool>()) {
             for layer in layers(&rules, log_all) {
-                let boxes = boxes(&layer);
-                for (n, (side, (first, last))) in boxes.iter().enumerate() {
-                    for (other, (from, to)) in &boxes[..n] {
+                for (n, (side, (first, last))) in layer.boxes.iter().enumerate() {
+                    for (other, (from, to)) in &layer.boxes[..n] {
                         prop_assert!(!side.overlaps(other) || last < from || to < first, "{:?} {:?}", side, other);
                     }
                 }
@@ -302,7 +355,7 @@ mod tests {
                 let side = Side::of(rule.traffic);
                 let span: Span = (rule.to.first().into(), rule.to.last().into());
                 let holds = |(other, (from, to)): &(Side, Span)| other.contains(&side) && *from <= span.0 && span.1 <= *to;
-                prop_assert!(layers.iter().flat_map(boxes).any(|one| holds(&one)), "{}", rule);
+                prop_assert!(layers.iter().flat_map(|layer| &layer.boxes).any(holds), "{}", rule);
             }
         }
     }

@@ -27,14 +27,14 @@ pub fn member(
     log_c2c: bool,
 ) -> Planned {
     let addr = container.addr.get().octets();
-    let own = |set: &str, data| element(set, addr.to_vec(), data);
+    let own = |set: &str, data| element(set, addr, data);
     let goto = |chain: &Name| Data::Verdict(Verdict::Goto(chain.clone()));
     let source = [&link::index(container.addr).to_ne_bytes()[..], &addr].concat();
     let mark = ALLOWED | app.and_then(|app| app.tag).map_or(0, |tag| tag.get().into());
     let mark = || Data::Value(mark.to_ne_bytes().to_vec());
     let allowed =
         |connection: u32| element("allowed", [&source[..], &connection.to_ne_bytes()].concat(), mark());
-    let mut planned = vec![element("sources", source.clone(), mark()), allowed(INGRESS_CONNECTION)];
+    let mut planned = vec![element("sources", &source[..], mark()), allowed(INGRESS_CONNECTION)];
     if let (Some(guid), true) = (container.owner.app(), app.is_some_and(|app| !app.inbound.is_empty())) {
         planned.push(own("apps", goto(&name(&app_chain(&guid)))));
     }
@@ -60,7 +60,7 @@ pub fn member(
     planned.extend(container.ports.iter().map(|mapping| {
         let [high, low] = mapping.container.get().to_be_bytes();
         let to = [&addr[..], &[high, low, 0, 0]].concat();
-        element("ports", mapping.host.get().to_be_bytes().to_vec(), Data::Value(to))
+        element("ports", mapping.host.get().to_be_bytes(), Data::Value(to))
     }));
     planned
 }
@@ -77,7 +77,7 @@ pub fn exposed(container: &Container) -> Planned {
 
 /// The element that lets a cell's frames in.
 pub fn leased(underlay: UnderlayAddr) -> Planned {
-    vec![element("leased", underlay.get().octets().to_vec(), Data::Nothing)]
+    vec![element("leased", underlay.get().octets(), Data::Nothing)]
 }
 
 /// Whether a part says whose frames are taken: while the lease table is not known, those stay as they are.

@@ -10,7 +10,7 @@ use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
 use super::layers::{Layer, Shape, layers};
 use super::limits::{Limit, Lines, rate_limit};
 use super::settings::{services_chain, translation_chain};
-use super::{Planned, chain, joined, name, set};
+use super::{Content, Filled, Part, Planned, chain, joined, name, set};
 use crate::cell::CellConfig;
 use crate::profile::{Digest, Known, Profile, Workload};
 
@@ -22,8 +22,7 @@ pub struct Layers(Arc<[Made]>);
 struct Made {
     shape: Shape,
     log: bool,
-    key: Key,
-    ranges: Ranges,
+    set: Arc<Filled>,
 }
 
 impl Layers {
@@ -31,8 +30,7 @@ impl Layers {
         let made = |layer: Layer| Made {
             shape: layer.shape,
             log: layer.log,
-            key: layer.key(),
-            ranges: layer.ranges(),
+            set: Arc::new(Filled { set: with_ranges(layer.key()), ranges: layer.ranges() }),
         };
         Self(layers(&profile.rules, profile.settings.log_all).into_iter().map(made).collect())
     }
@@ -172,17 +170,15 @@ impl This<'_> {
         }
         let mut rules = Vec::new();
         for (number, layer) in layers.0.iter().enumerate() {
-            let set_name = format!("asg-{}-{number}", self.digest);
-            planned.push(set(&set_name, with_ranges(layer.key.clone()), layer.ranges.clone()));
+            let set_name = name(&format!("asg-{}-{number}", self.digest));
+            planned.push((Part::Set(set_name.clone()), Content::Set(Arc::clone(&layer.set))));
             let security_group = rule("security group");
             let found = match layer.shape {
-                Shape::Any => security_group.in_set(&name(&set_name), &[Of::Destination, Of::Protocol]),
-                Shape::Ports => {
-                    security_group.in_set(&name(&set_name), &[Of::Destination, Of::Protocol, Of::Port])
-                }
+                Shape::Any => security_group.in_set(&set_name, &[Of::Destination, Of::Protocol]),
+                Shape::Ports => security_group.in_set(&set_name, &[Of::Destination, Of::Protocol, Of::Port]),
                 Shape::Icmp => security_group
                     .protocol(super::draft::ICMP)
-                    .in_set(&name(&set_name), &[Of::Destination, Of::IcmpType, Of::IcmpCode]),
+                    .in_set(&set_name, &[Of::Destination, Of::IcmpType, Of::IcmpCode]),
             };
             rules.push(if layer.log { found.goto(&logged) } else { self.allow(found).accept() });
         }

@@ -129,7 +129,10 @@ impl Work<'_> {
     fn settings<'s>(&mut self, step: &'s Step) -> Vec<Owned<'s>> {
         let laid = Laid::by(step);
         // Without the device there is nothing to take from it; laying fails with "no such device".
-        let vtep = self.device(self.vtep.as_str()).ok().flatten().map_or(0, |device| device.index);
+        let vtep = match step.changes().any(|change| matches!(change.key, Key::Peer(_) | Key::Stray(_))) {
+            true => self.device(self.vtep.as_str()).ok().flatten().map_or(0, |device| device.index),
+            false => 0,
+        };
         let mut all = self.routes_with_metric(step, vtep);
         for change in step.changes().filter(|change| !self.outcome.failed.contains_key(&change.key)) {
             let requests = match (&change.key, &change.will) {
