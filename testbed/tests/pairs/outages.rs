@@ -33,10 +33,9 @@ impl Chance {
     }
 }
 
-/// How many containers have begun to come, and whether there is any use in going on.
-#[derive(Default)]
+/// How many containers of each cell have begun to come, and whether there is any use in going on.
 pub(crate) struct Progress {
-    begun: AtomicUsize,
+    begun: Vec<AtomicUsize>,
     failed: AtomicBool,
 }
 
@@ -52,46 +51,50 @@ impl Drop for Alarm<'_> {
 }
 
 impl Progress {
+    pub(crate) fn of(cells: usize) -> Self {
+        Self { begun: (0..cells).map(|_| AtomicUsize::new(0)).collect(), failed: AtomicBool::new(false) }
+    }
+
     pub(crate) fn alarm(&self) -> Alarm<'_> {
         Alarm(self)
     }
 
-    pub(crate) fn begin(&self, number: usize) {
-        self.begun.fetch_max(number, Ordering::Relaxed);
+    pub(crate) fn begin(&self, cell: usize) {
+        self.begun[cell].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn begun(&self, cells: Range<usize>) -> usize {
+        self.begun[cells].iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
     pub(crate) fn failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
     }
 
-    /// Causes one outage at a random moment of each `stretch` of these containers, one after the other.
+    /// Causes one outage at a random moment of each `stretch` of so many containers of these cells, one after the other.
     pub(crate) fn disturb(
         &self,
-        numbers: &Range<usize>,
+        (cells, containers): (Range<usize>, usize),
         stretch: usize,
         mut chance: Chance,
         mut outage: impl FnMut(&mut Chance),
-    ) -> usize {
+    ) {
         let _alarm = self.alarm();
-        let mut outages = 0;
-        for from in numbers.clone().step_by(stretch) {
-            let moment = from + chance.below(stretch.min(numbers.end - from));
-            while self.begun.load(Ordering::Relaxed) < moment {
+        for from in (0..containers).step_by(stretch) {
+            let moment = from + chance.below(stretch.min(containers - from));
+            while self.begun(cells.clone()) < moment {
                 if self.failed() {
-                    return outages;
+                    return;
                 }
                 thread::sleep(Duration::from_millis(1));
             }
             chance.pause(Duration::from_millis(200));
             outage(&mut chance);
-            outages += 1;
         }
-        outages
     }
 }
 
-pub(crate) fn kill_one_of(cells: &[Cell], chance: &mut Chance) {
-    let cell = &cells[chance.below(cells.len())];
+pub(crate) fn kill_node(cell: &Cell, chance: &mut Chance) {
     cell.kill_node().unwrap();
     chance.pause(Duration::from_millis(100));
     cell.start_node().unwrap();

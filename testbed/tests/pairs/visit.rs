@@ -61,7 +61,7 @@ impl Drop for World<'_> {
 /// A container that comes and goes.
 pub(crate) struct Visit<'a> {
     world: &'a World<'a>,
-    cell: usize,
+    pub(crate) cell: usize,
     request: Request,
     host_port: u16,
     policies: Vec<Policy>,
@@ -114,11 +114,12 @@ fn elsewhere(n: usize) -> String {
 }
 
 impl<'a> Visit<'a> {
-    /// Of its kind by its number, so that every combination occurs; the host port is free as long as no two visits of
-    /// one `place` are at once.
-    pub(crate) fn new(world: &'a World, cell: usize, n: usize, place: usize) -> Self {
+    /// Its cell and its kind follow from its number, so that every combination occurs on each; the host port is free as
+    /// long as no two visits of one `place` are at once.
+    pub(crate) fn new(world: &'a World, n: usize, place: usize) -> Self {
+        let (cell, kind) = (n % world.lab.cells.len(), n / world.lab.cells.len());
         let handle = format!("pair-{n}");
-        let (own_app, own_space, own_list) = (n % 3 == 0, n % 5 == 0, n % 2 == 0);
+        let (own_app, own_space, own_list) = (kind % 3 == 0, kind % 5 == 0, kind % 2 == 0);
         let (app_id, policies) = if own_app {
             let own = format!("app-of-{handle}");
             let policies = [(&own, &app(n % APPS)), (&app(n / 3 % APPS), &own)];
