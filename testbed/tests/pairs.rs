@@ -97,10 +97,9 @@ fn come_and_go(world: &World, numbers: &Range<usize>, progress: &Progress) {
                     let container = visit.come();
                     let addr = container.addr;
                     assert!(addresses.lock().unwrap().insert(addr), "{addr} was given twice");
-                    let outside = visit.connect(&container).end_inside();
+                    let _connections = visit.connect(&container);
                     addresses.lock().unwrap().remove(&addr);
                     visit.go();
-                    drop(outside);
                 }
             });
         }
@@ -148,9 +147,8 @@ fn parallel_pairs_do_not_fail_and_leave_nothing() {
     let connections: Vec<Connections> =
         visits.iter().zip(&containers).map(|(visit, container)| visit.connect(container)).collect();
     lab.cells.iter().zip(&before).for_each(|(cell, before)| before.wait_for_containers(cell));
-    let outside: Vec<_> = connections.into_iter().map(Connections::end_inside).collect();
     visits.iter().for_each(Visit::go);
-    drop(outside);
+    drop(connections);
 
     let mut chance = Chance(seed);
     let mut curve = Vec::new();

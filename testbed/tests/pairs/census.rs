@@ -75,13 +75,13 @@ impl Census {
         Self(sorted.collect())
     }
 
-    /// What there is more of than `before`, and less. A thread that has ended since is none that was lost: those that a
-    /// start needs end when nothing has come for a while.
+    /// What there is more of than `before`, and less. A process may have less: threads that a start needs end, and a
+    /// descriptor is opened when it is first needed.
     fn since(&self, before: &Self) -> BTreeMap<&'static str, Vec<String>> {
         let differing = self.0.iter().filter_map(|(kind, now)| {
             let then = &before.0[kind];
             let mut said = surplus(now, then, "more");
-            if *kind != "threads" {
+            if !OF_THE_PROCESS.contains(kind) {
                 said.extend(surplus(then, now, "less"));
             }
             (!said.is_empty()).then_some((*kind, said))

@@ -68,18 +68,10 @@ pub(crate) struct Visit<'a> {
     group: Option<SecurityGroup>,
 }
 
-/// What keeps a container's connections open, on either side.
+/// What keeps a container's connections open on either side: what runs in it does not end before it goes.
 pub(crate) struct Connections {
-    inside: (TcpListener, TcpStream),
-    outside: TcpStream,
-}
-
-impl Connections {
-    /// As when what runs in a container is ended: whoever is connected to it has not noticed yet.
-    pub(crate) fn end_inside(self) -> TcpStream {
-        drop(self.inside);
-        self.outside
-    }
+    _inside: (TcpListener, TcpStream),
+    _outside: TcpStream,
 }
 
 fn app(n: usize) -> String {
@@ -169,14 +161,17 @@ impl<'a> Visit<'a> {
         let inside = || {
             let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).unwrap();
             let stream = TcpStream::connect_timeout(&WORLD.into(), PATIENCE);
-            (listener, stream.unwrap_or_else(|error| panic!("{}: {error}", what("connection"))))
+            let stream = stream.unwrap_or_else(|error| panic!("{}: {error}", what("connection")));
+            // Its end, when its link has gone, is not to keep the namespace waiting for an answer.
+            rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+            (listener, stream)
         };
         let inside = container.place.enter(inside).unwrap();
         let mapped = SocketAddrV4::new(self.cell().underlay, self.host_port).into();
         let outside =
             self.world.lab.underlay.enter(|| TcpStream::connect_timeout(&mapped, PATIENCE)).unwrap();
         let outside = outside.unwrap_or_else(|error| panic!("{}: {error}", what("mapped port")));
-        Connections { inside, outside }
+        Connections { _inside: inside, _outside: outside }
     }
 
     pub(crate) fn go(&self) {
