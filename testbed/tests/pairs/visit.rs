@@ -1,5 +1,6 @@
 //! One container: what it comes with, its connections, and how Garden and its users act when they are told to try again.
 
+use std::collections::VecDeque;
 use std::net::{SocketAddrV4, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,9 +12,8 @@ use weft_testbed::Lab;
 use weft_testbed::external_networker::{Container, ECHO_PORT, Request};
 use weft_testbed::lab::Cell;
 use weft_testbed::policy_server::{Policy, PolicyServer, SecurityGroup};
-use weft_testbed::prober;
 
-use crate::PATIENCE;
+use crate::{PARALLEL, PATIENCE};
 
 /// The machine that all cells' underlay devices lead to, and where it listens.
 const WORLD: SocketAddrV4 = SocketAddrV4::new(std::net::Ipv4Addr::new(10, 0, 0, 1), 80);
@@ -32,7 +32,7 @@ pub(crate) struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    /// Apps that may send to each other in a ring, spaces with a security group each, and somebody who answers.
+    /// Apps that may send to each other in a ring, spaces with a security group each, and somebody who takes connections.
     pub(crate) fn furnish(lab: &'a Lab) -> Self {
         let server = lab.policy_server.as_ref().unwrap();
         let ring = (0..APPS).map(|n| Policy::tcp(&app(n), &app((n + 1) % APPS), ECHO_PORT));
@@ -40,9 +40,15 @@ impl<'a> World<'a> {
         let groups = (0..SPACES).map(|n| group(&space(n), n));
         server.change(|state| groups.for_each(|group| state.put_group(group))).unwrap();
         let listener = Arc::new(lab.underlay.enter(|| TcpListener::bind(WORLD)).unwrap().unwrap());
-        let answers = Arc::clone(&listener);
-        // Ends with the listener.
-        thread::spawn(move || prober::echo(&answers));
+        let taken = Arc::clone(&listener);
+        thread::spawn(move || {
+            // Ends with the listener. Those who left without a word are forgotten after many others have come.
+            let mut open = VecDeque::new();
+            while let Ok((stream, _)) = taken.accept() {
+                open.push_back(stream);
+                open.drain(..open.len().saturating_sub(5 * PARALLEL));
+            }
+        });
         Self { lab, server, listener, refused: lab.cells.iter().map(|_| AtomicUsize::new(0)).collect() }
     }
 
