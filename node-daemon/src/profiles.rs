@@ -19,8 +19,8 @@ use weft_model::container::Handle;
 use weft_model::profile::{Digest, Known, Profile, Settings, Workload, digest_of};
 use weft_model::reason::Reason;
 
-/// Beyond either of these, those that nobody uses are forgotten: a cell holds at most a few hundred containers.
-const MOST_ENTRIES: usize = 1024;
+/// Beyond either of these, those that nobody uses are forgotten: about as many as a cell has containers.
+const MOST_ENTRIES: usize = 256;
 const MOST_RULES: usize = 200_000;
 /// A list that is longer is worked out aside, where it delays no other call: it takes more than a millisecond.
 const LONG: usize = 32 << 10;
