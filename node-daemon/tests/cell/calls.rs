@@ -114,11 +114,14 @@ fn a_delete_of_another_interface_is_not_ours() {
 fn what_the_runtime_of_a_network_no_longer_lists_is_removed() {
     within(async || {
         let world = World::start(own_lease()).await;
+        // Held, or the links would go with them.
+        let namespaces: Vec<_> = (1..=4).map(|_| namespace()).collect();
+        let lent = |n: u8| namespaces[usize::from(n) - 1].try_clone().unwrap();
         for n in 1..=3 {
-            world.add(n, namespace()).await.unwrap();
+            world.add(n, lent(n)).await.unwrap();
         }
         let other = Wanted { network: "other".into(), ..walk::wanted(4) };
-        world.inbox.add(other, namespace()).await.unwrap();
+        world.inbox.add(other, lent(4)).await.unwrap();
         let valid = |network: &str, listed: &[(u8, &str)]| Valid {
             network: network.into(),
             attachments: listed
@@ -131,7 +134,7 @@ fn what_the_runtime_of_a_network_no_longer_lists_is_removed() {
         world.left(&[1, 4]).await;
         assert_eq!(links(), 2, "done when the links are gone");
         // One that cannot be removed is said so; the others are.
-        world.add(2, namespace()).await.unwrap();
+        world.add(2, lent(2)).await.unwrap();
         world.fail(0);
         let failed = world.inbox.collect(valid("weft", &[])).await.unwrap_err();
         assert!(failed.to_string().contains("injected"), "{failed}");
