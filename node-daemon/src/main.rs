@@ -80,6 +80,7 @@ fn start(config: &Path) -> Result<()> {
     let config: Config = weft_daemon::config::load(config)?;
     config.check()?;
     let level = weft_daemon::log::init(&config.log_level, config.log_format).context("log_level")?;
+    few_arenas();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start a runtime")?;
     let done = runtime.block_on(run::run(config, level));
@@ -87,6 +88,19 @@ fn start(config: &Path) -> Result<()> {
     runtime.shutdown_timeout(Duration::from_secs(1));
     done
 }
+
+/// glibc gives threads that allocate arenas of their own, up to eight for each processor, and keeps in them what was freed:
+/// in a daemon whose blocking calls wander over many threads memory grows for thousands of containers. Those threads wait
+/// for the kernel most of the time, and share two without getting in each other's way.
+#[cfg(target_env = "gnu")]
+#[expect(unsafe_code, reason = "the allocator's settings are a function of C")]
+fn few_arenas() {
+    // SAFETY: it sets a number, and no other thread exists yet that could allocate meanwhile.
+    unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, 2) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn few_arenas() {}
 
 fn show(ask: &Ask) -> Result<ExitCode> {
     let status = asked(&ask.socket, async |mut node| node.status(StatusRequest {}).await)?;
