@@ -45,8 +45,13 @@ const AUDIT: Duration = Duration::from_secs(60);
 const QUIET: Duration = Duration::from_secs(1);
 /// … but no later than this.
 const LATEST: Duration = Duration::from_secs(10);
-/// How often what failed is tried again, and addresses whose connections could not be forgotten.
+/// How often what failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
+/// To forget connections the kernel walks its whole table, which keeps a processor for ten milliseconds and more, and
+/// calls from it. So those of all that was deleted within so long are forgotten in one walk, unless addresses run short.
+const TOGETHER: Duration = Duration::from_secs(1);
+/// Fewer free addresses than this are short.
+const SPARE: usize = 64;
 
 /// What the task works with.
 #[derive(Debug)]
@@ -95,6 +100,8 @@ struct Running<K> {
     /// Somebody else changed the firewall's table.
     table_touched: bool,
     forgetting: bool,
+    /// The next walk, unless addresses run short.
+    forget_at: Instant,
     forgetting_fails: bool,
     /// Containers' ends are being told of another MTU.
     fitting: bool,
@@ -124,6 +131,7 @@ impl<K: Kernel> Task<K> {
             underlay_missing: false,
             table_touched: false,
             forgetting: false,
+            forget_at: Instant::now(),
             forgetting_fails: false,
             fitting: false,
             unfit: BTreeSet::new(),
@@ -214,8 +222,9 @@ impl<K: Kernel> Started<K> {
 impl<K: Kernel> Running<K> {
     fn next_deadline(&self) -> Instant {
         let retry = self.task.cell.unsettled() && self.task.cell.inputs().knows_overlay();
+        let retry = retry.then(|| Instant::now() + RETRY);
         let resting = !self.forgetting && !self.task.cell.roster().resting().is_empty();
-        if retry || resting { self.audit_at.min(Instant::now() + RETRY) } else { self.audit_at }
+        [retry, resting.then_some(self.forget_at)].into_iter().flatten().fold(self.audit_at, Instant::min)
     }
 
     async fn due(&mut self) {
@@ -460,11 +469,14 @@ impl<K: Kernel> Running<K> {
     }
 
     fn forget_resting(&mut self) {
-        let resting = self.task.cell.roster().resting().clone();
-        if resting.is_empty() || self.forgetting {
+        let roster = self.task.cell.roster();
+        let soon = roster.ipam().free() < SPARE || Instant::now() >= self.forget_at;
+        if roster.resting().is_empty() || self.forgetting || !soon {
             return;
         }
+        let resting = roster.resting().clone();
         self.forgetting = true;
+        self.forget_at = Instant::now() + TOGETHER;
         let inbox = self.task.inbox.clone();
         tokio::spawn(async move {
             let addrs = resting.clone();
