@@ -235,13 +235,19 @@ impl Lab {
             .map_or_else(|| self.cell(name).map(|cell| cell.place.clone()), |found| Ok(found.place.clone()))
     }
 
-    /// Every refusal is told at once. They are ICMP messages: the kernel sends few of those in a second to one peer, and
-    /// but some dozens at once to all. An older kernel has the limit for all outside the cells' namespaces.
+    /// Every refusal is told at once. They are ICMP messages, and the kernel sends few of those in a second to one peer.
     pub fn tell_all_refusals(&self) -> Result<()> {
-        let limits = ["icmp_ratelimit=0", "icmp_msgs_per_sec=1000000", "icmp_msgs_burst=1000000"]
-            .map(|limit| format!("net.ipv4.{limit}"));
-        let write: Vec<&str> =
-            ["-q", "-e", "-w"].into_iter().chain(limits.iter().map(String::as_str)).collect();
+        self.set_on_cells(&["net.ipv4.icmp_ratelimit=0"])
+    }
+
+    /// Dozens of refusals at once as well: to all peers together the kernel sends no more than about fifty. An older one has
+    /// that limit outside the cells' namespaces.
+    pub fn tell_bursts_of_refusals(&self) -> Result<()> {
+        self.set_on_cells(&["net.ipv4.icmp_msgs_per_sec=1000000", "net.ipv4.icmp_msgs_burst=1000000"])
+    }
+
+    fn set_on_cells(&self, settings: &[&str]) -> Result<()> {
+        let write = [&["-q", "-e", "-w"], settings].concat();
         self.cells.iter().try_for_each(|cell| cell.place.run("sysctl", &write, "").map(drop))
     }
 

@@ -74,6 +74,7 @@ fn smoke_the_user_configures_a_policy_and_deletes_it() {
 #[test]
 fn acceptance_whitelist_of_proxies_and_ticks_on_many_ports() {
     let lab = polled("whitelist");
+    lab.tell_bursts_of_refusals().unwrap();
     let ports = [HTTP, 7000, 7001];
     let proxies = on_both(&lab, "proxy", &[]);
     let proxies: Vec<&Container> = proxies.iter().map(|app| &app.container).collect();
