@@ -8,7 +8,7 @@ use weft_model::container::Handle;
 use weft_model::reason::Reason;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Command {
+pub enum Command {
     Add,
     Check,
     Del,

@@ -12,7 +12,8 @@ mod output;
 mod previous;
 
 use call::Asked;
-use environment::{Attachment, Command};
+use environment::Attachment;
+pub use environment::Command;
 pub use netconf::Version;
 use netconf::{Addition, Fields, NetConf};
 pub use output::error;
@@ -47,15 +48,14 @@ enum Wanted {
     },
 }
 
-/// Understands a call: its variables, and what is on standard input. `version`: the one in which even an error is given,
+/// Understands a call: its other variables, and what is on standard input. `version`: the one in which even an error is given,
 /// as soon as it is known.
 pub fn parse(
-    command: &str,
+    command: Command,
     var: impl Fn(&str) -> Option<String>,
     stdin: &[u8],
     version: &mut Version,
 ) -> Result<Call, Reason> {
-    let command: Command = command.parse()?;
     let conf = Fields::document(stdin)?;
     if command == Command::Version {
         return Ok(Call(Wanted::Versions(output::versions(&netconf::given_version(&conf)?))));

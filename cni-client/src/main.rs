@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
-use weft_cni::{Failure, Version};
+use weft_cni::{Command, Failure, Version};
 use weft_model::reason::Reason;
 
 const ABOUT: &str = concat!(
@@ -49,6 +49,7 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn run(command: &str, version: &mut Version) -> Result<Option<String>, Failure> {
+    let command: Command = command.parse()?;
     let mut stdin = Vec::new();
     let read = std::io::stdin().lock().read_to_end(&mut stdin);
     read.map_err(|why| Reason::UnreadableInput { why: why.to_string() })?;

@@ -2,11 +2,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use weft_cni::{Version, parse};
+use weft_cni::{Command, Version, parse};
 
 fuzz_target!(|input: (u8, &str, &[u8])| {
     let (command, value, stdin) = input;
-    let commands = ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"];
+    let commands =
+        [Command::Add, Command::Del, Command::Check, Command::Gc, Command::Status, Command::Version];
     let command = commands[usize::from(command) % commands.len()];
     let var = |name: &str| {
         Some(match name {

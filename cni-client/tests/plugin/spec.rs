@@ -1,5 +1,7 @@
 //! What the specification has beside ADD, DEL and their errors: chains, GC, STATUS, and which version has what.
 
+use std::process::Command;
+
 use serde_json::{Value, json};
 use weft_model::reason::Reason;
 use weft_proto::node::{Attachment, CollectRequest};
@@ -117,6 +119,16 @@ fn commands_are_refused_in_versions_that_do_not_have_them() {
     }
     let arrived = world.arrived.lock().unwrap();
     assert_eq!((arrived.checks.len(), arrived.collections.len()), (0, 0));
+}
+
+/// By a person at a terminal, say: nothing will ever come.
+#[test]
+fn an_unknown_command_waits_for_no_configuration() {
+    let (input, kept) = std::io::pipe().unwrap();
+    let mut plugin = Command::new(env!("CARGO_BIN_EXE_weft-cni"));
+    let output = plugin.env("CNI_COMMAND", "X").stdin(input).output().unwrap();
+    drop(kept);
+    refused(&output, 4, "unknown CNI_COMMAND: X");
 }
 
 /// The oldest configurations have no version, and no runtime has to set CNI_PATH for us.
