@@ -3,6 +3,7 @@
 //! garden-external-networker, and probes that send real packets. Nothing here touches the machine's own
 //! network namespace; all files are on a private mount below `/run/weft-lab`.
 
+pub mod dice;
 pub mod external_networker;
 pub mod foundation;
 pub mod interrupt;

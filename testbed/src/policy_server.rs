@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use rustls::crypto::{CryptoProvider, ring};
@@ -25,6 +25,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::netns::Place;
 use crate::pki::{Authority, IdentityFiles};
+use crate::prober::patiently;
 
 pub use state::{Policy, SecurityGroup, State};
 
@@ -186,7 +187,7 @@ impl PolicyServer {
         self.stop();
         let tls = TlsAcceptor::from(Arc::new(tls(&self.files, *lock(&self.versions))?));
         // A socket stays in the namespace in which it was opened; who accepts on it may be anywhere.
-        let listener = self.place.enter(|| self.bind())?;
+        let listener = self.place.enter(|| patiently(|| TcpListener::bind(self.address)))?;
         let listener = listener.with_context(|| format!("listen on {}", self.address))?;
         listener.set_nonblocking(true)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -206,19 +207,6 @@ impl PolicyServer {
         });
         *lock(&self.running) = Some(Running { end, thread });
         Ok(())
-    }
-
-    /// A child of another thread has the former socket until it executes its program.
-    fn bind(&self) -> io::Result<TcpListener> {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            match TcpListener::bind(self.address) {
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                bound => return bound,
-            }
-        }
     }
 
     /// Ends every connection; from now on they are refused.

@@ -2,7 +2,7 @@
 //! "don't fragment" set, all pairs at once, and a connection that is watched over time. And the patience that all of that
 //! needs.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -93,6 +93,20 @@ pub fn wait_within(patience: Duration, what: &str, mut done: impl FnMut() -> boo
     while !done() {
         assert!(Instant::now() < deadline, "not in time: {what}");
         thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Opens a socket. A program that another thread is about to start has copies of all sockets, for a moment: also of the one
+/// that had this address before.
+pub fn patiently<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match bind() {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            bound => return bound,
+        }
     }
 }
 

@@ -23,12 +23,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
+use weft_testbed::dice::Dice;
 use weft_testbed::external_networker::Container;
 use weft_testbed::lab::Cell;
 use weft_testbed::{Lab, Options};
 
 use census::Census;
-use outages::{Chance, Progress};
+use outages::Progress;
 use visit::{Connections, Visit, World};
 
 /// What takes longer has failed.
@@ -107,19 +108,19 @@ fn come_and_go(world: &World, numbers: &Range<usize>, progress: &Progress) {
 }
 
 /// One tenth of the containers, with outages meanwhile. Returns how often each cell said "try again".
-fn round(world: &World, numbers: &Range<usize>, chance: &mut Chance) -> Vec<usize> {
+fn round(world: &World, numbers: &Range<usize>, dice: &mut Dice) -> Vec<usize> {
     let cells = &world.lab.cells;
     let (progress, all) = (&Progress::of(cells.len()), (0..cells.len(), numbers.len()));
     let before = world.refused();
     thread::scope(|scope| {
-        let (of_first, own) = ((0..1, numbers.len() / cells.len()), chance.split());
-        let kill = |chance: &mut Chance| outages::kill_node(&cells[0], chance);
+        let (of_first, own) = ((0..1, numbers.len() / cells.len()), Dice(dice.below(u64::MAX)));
+        let kill = |dice: &mut Dice| outages::kill_node(&cells[0], dice);
         scope.spawn(move || progress.disturb(of_first, KILLS, own, kill));
-        let (of_all, own) = (all.clone(), chance.split());
-        let controller = |chance: &mut Chance| outages::without_controller(&world.lab.controllers[0], chance);
+        let (of_all, own) = (all.clone(), Dice(dice.below(u64::MAX)));
+        let controller = |dice: &mut Dice| outages::without_controller(&world.lab.controllers[0], dice);
         scope.spawn(move || progress.disturb(of_all, OUTAGES, own, controller));
-        let own = chance.split();
-        let policy_server = |chance: &mut Chance| outages::without_policy_server(world.server, chance);
+        let own = Dice(dice.below(u64::MAX));
+        let policy_server = |dice: &mut Dice| outages::without_policy_server(world.server, dice);
         scope.spawn(move || progress.disturb(all, OUTAGES, own, policy_server));
         come_and_go(world, numbers, progress);
     });
@@ -148,11 +149,11 @@ fn parallel_pairs_do_not_fail_and_leave_nothing() {
     visits.iter().for_each(Visit::go);
     drop(connections);
 
-    let mut chance = Chance(seed);
+    let mut dice = Dice(seed);
     let mut curve = Vec::new();
     for tenth in 0..ROUNDS {
         let numbers = pairs * tenth / ROUNDS..pairs * (tenth + 1) / ROUNDS;
-        let refused = round(&world, &numbers, &mut chance);
+        let refused = round(&world, &numbers, &mut dice);
         assert_eq!(refused[1], 0, "a node that lives refuses nothing, whoever else is away");
         curve.push(memory(two));
     }

@@ -1,12 +1,13 @@
 //! What becomes of a packet in the kernel: by a real connection, a datagram and its answer, or a bare packet.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with, sockopt};
 use weft_model::firewall::explain::Probe;
+use weft_testbed::prober::patiently;
 
 use crate::packet::{Ears, Mouth, Packet};
 use crate::space::Space;
@@ -56,7 +57,7 @@ impl Attempt<'_> {
     }
 
     fn connect(&self, to: SocketAddrV4) -> Became {
-        let listener = self.server.enter(|| patiently(|| TcpListener::bind(self.at)));
+        let listener = self.server.enter(|| patiently(|| TcpListener::bind(self.at)).expect("bound"));
         listener.set_nonblocking(true).expect("does not wait");
         let mut client = self.space.enter(|| begin(self.from, to));
         self.wait(|| {
@@ -74,7 +75,7 @@ impl Attempt<'_> {
     }
 
     fn ask(&self, to: SocketAddrV4) -> Became {
-        let server = self.server.enter(|| patiently(|| UdpSocket::bind(self.at)));
+        let server = self.server.enter(|| patiently(|| UdpSocket::bind(self.at)).expect("bound"));
         let client = self.space.enter(|| UdpSocket::bind((self.from, 0))).expect("bound");
         client.connect(to).expect("connected");
         for socket in [&server, &client] {
@@ -109,20 +110,6 @@ impl Attempt<'_> {
             let about = client.hear().into_iter().find_map(|heard| heard.refuses());
             about.filter(|about| about.id == packet.id).map(|_| Became::Refused)
         })
-    }
-}
-
-/// A program that another test is about to start has copies of all sockets, for a moment: also of the one that was here
-/// before.
-fn patiently<T>(bind: impl Fn() -> io::Result<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        match bind() {
-            Err(e) if e.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            bound => return bound.expect("bound"),
-        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! counters, numbers of descriptors) is left out.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
 use std::path::Path;
 use std::thread;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use weft_testbed::lab::Cell;
-use weft_testbed::prober::{wait_for, wait_within};
+use weft_testbed::prober::wait_for;
 
 use crate::PATIENCE;
 
@@ -20,7 +21,7 @@ const OF_THE_PROCESS: [&str; 2] = ["descriptors", "threads"];
 const PARTS: [&str; 4] = ["ports", "asg-", "connections-", "senders-"];
 
 /// Sorted lines of each kind.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Census(BTreeMap<&'static str, Vec<String>>);
 
 /// A `/tmp` that nobody else uses; the programs stay where they are, should they be there.
@@ -91,22 +92,15 @@ impl Census {
 
     /// Waits until all is as it was: namespaces end by and by, and addresses rest.
     pub(crate) fn wait_for_return(&self, cell: &Cell) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let differing = Self::of(cell).since(self);
-            if differing.is_empty() {
-                return;
-            }
-            assert!(Instant::now() < deadline, "{} is not as it was: {differing:#?}", cell.name);
-            thread::sleep(Duration::from_millis(200));
-        }
+        wait(cell, "is not as it was", |now| {
+            let differing = now.since(self);
+            (!differing.is_empty()).then_some(differing)
+        });
     }
 
     /// Waits until containers are seen in every kind of thing that is counted: the control of the other one.
     pub(crate) fn wait_for_containers(&self, cell: &Cell) {
-        let (mut now, mut missing) = (self.clone(), Vec::new());
-        let seen = || {
-            now = Self::of(cell);
+        wait(cell, "does not show its containers", |now| {
             let differing = now.since(self);
             let kinds =
                 self.0.keys().filter(|kind| !OF_THE_PROCESS.contains(kind) && !differing.contains_key(*kind));
@@ -114,10 +108,18 @@ impl Census {
             let parts = PARTS
                 .iter()
                 .filter(|part| !now.0["firewall"].iter().any(|line| line.starts_with(&element(part))));
-            missing = kinds.chain(parts).copied().collect();
-            missing.is_empty()
-        };
-        wait_within(PATIENCE, "every kind of thing that comes with containers", seen);
+            let missing: Vec<&str> = kinds.chain(parts).copied().collect();
+            (!missing.is_empty()).then_some(missing)
+        });
+    }
+}
+
+/// Counts until nothing is amiss.
+fn wait<T: Debug>(cell: &Cell, what: &str, amiss: impl Fn(&Census) -> Option<T>) {
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(amiss) = amiss(&Census::of(cell)) {
+        assert!(Instant::now() < deadline, "{} {what}: {amiss:#?}", cell.name);
+        thread::sleep(Duration::from_millis(200));
     }
 }
 

@@ -6,31 +6,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use weft_testbed::dice::Dice;
 use weft_testbed::lab::{Cell, Controller};
 use weft_testbed::policy_server::{Fault, PolicyServer};
 
 use crate::PATIENCE;
 
-/// Numbers that follow from a seed (SplitMix64).
-pub(crate) struct Chance(pub(crate) u64);
-
-impl Chance {
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((mixed ^ (mixed >> 31)) % limit as u64).unwrap()
-    }
-
-    /// One that shares nothing with this one from now on.
-    pub(crate) fn split(&mut self) -> Self {
-        Self(self.below(usize::MAX) as u64)
-    }
-
-    fn pause(&mut self, limit: Duration) {
-        thread::sleep(limit.mul_f64(self.below(1000) as f64 / 1000.0));
-    }
+/// Waits for a random part of `limit`.
+fn pause(limit: Duration, dice: &mut Dice) {
+    thread::sleep(limit / 1000 * u32::try_from(dice.below(1000)).unwrap());
 }
 
 /// How many containers of each cell have begun to come, and whether there is any use in going on.
@@ -76,44 +60,44 @@ impl Progress {
         &self,
         (cells, containers): (Range<usize>, usize),
         stretch: usize,
-        mut chance: Chance,
-        mut outage: impl FnMut(&mut Chance),
+        mut dice: Dice,
+        mut outage: impl FnMut(&mut Dice),
     ) {
         let _alarm = self.alarm();
         for from in (0..containers).step_by(stretch) {
-            let moment = from + chance.below(stretch.min(containers - from));
+            let moment = from + usize::try_from(dice.below(stretch.min(containers - from) as u64)).unwrap();
             while self.begun(cells.clone()) < moment {
                 if self.failed() {
                     return;
                 }
                 thread::sleep(Duration::from_millis(1));
             }
-            chance.pause(Duration::from_millis(200));
-            outage(&mut chance);
+            pause(Duration::from_millis(200), &mut dice);
+            outage(&mut dice);
         }
     }
 }
 
-pub(crate) fn kill_node(cell: &Cell, chance: &mut Chance) {
+pub(crate) fn kill_node(cell: &Cell, dice: &mut Dice) {
     cell.kill_node().unwrap();
-    chance.pause(Duration::from_millis(100));
+    pause(Duration::from_millis(100), dice);
     cell.start_node().unwrap();
     cell.wait_ready(1, PATIENCE).unwrap();
 }
 
-pub(crate) fn without_controller(controller: &Controller, chance: &mut Chance) {
-    if chance.below(2) == 0 {
+pub(crate) fn without_controller(controller: &Controller, dice: &mut Dice) {
+    if dice.below(2) == 0 {
         controller.kill().unwrap()
     } else {
         controller.stop().unwrap()
     }
-    chance.pause(Duration::from_secs(1));
+    pause(Duration::from_secs(1), dice);
     controller.start().unwrap();
     controller.wait_ready(PATIENCE).unwrap();
 }
 
 /// Away, or there and of no use.
-pub(crate) fn without_policy_server(server: &PolicyServer, chance: &mut Chance) {
+pub(crate) fn without_policy_server(server: &PolicyServer, dice: &mut Dice) {
     let faults = [
         Fault::Slow(Duration::from_secs(30)),
         Fault::Error,
@@ -122,11 +106,11 @@ pub(crate) fn without_policy_server(server: &PolicyServer, chance: &mut Chance) 
         Fault::Truncated,
         Fault::DropInHeaders,
     ];
-    match faults.get(chance.below(2 * faults.len())) {
+    match faults.get(usize::try_from(dice.below(2 * faults.len() as u64)).unwrap()) {
         Some(fault) => server.set_fault_everywhere(*fault),
         None => server.stop(),
     }
-    chance.pause(Duration::from_secs(1));
+    pause(Duration::from_secs(1), dice);
     server.set_fault_everywhere(None);
     server.start().unwrap();
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use weft_testbed::Lab;
+use weft_testbed::dice::Dice;
 use weft_testbed::external_networker::Container;
 use weft_testbed::policy_server::{Policy, Route};
 
@@ -24,16 +25,6 @@ const CHANGES: u32 = 500;
 const BETWEEN: Duration = Duration::from_millis(70);
 /// A connection that is not there by then has lost a packet.
 const LOST: Duration = Duration::from_millis(900);
-
-/// Numbers as random as a test needs, and the same each time (Knuth's MMIX).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % n
-    }
-}
 
 struct Scene {
     lab: Lab,

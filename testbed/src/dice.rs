@@ -1,0 +1,11 @@
+//! Numbers as random as a test needs, and the same each time for one seed (Knuth's MMIX).
+
+#[derive(Debug)]
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+}
