@@ -47,8 +47,8 @@ const QUIET: Duration = Duration::from_secs(1);
 const LATEST: Duration = Duration::from_secs(10);
 /// How often what failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
-/// To forget connections the kernel walks its whole table, which keeps a processor for ten milliseconds and more, and
-/// calls from it. So those of all that was deleted within so long are forgotten in one walk, unless addresses run short.
+/// To forget connections their whole table is read, by a socket whose end holds up transactions of nf_tables for 10 to 30 ms,
+/// and so calls. So those of all that was deleted within so long are forgotten in one walk, unless addresses run short.
 const TOGETHER: Duration = Duration::from_secs(1);
 /// Fewer free addresses than this are short.
 const SPARE: usize = 64;

@@ -80,6 +80,7 @@ fn start(config: &Path) -> Result<()> {
     let config: Config = weft_daemon::config::load(config)?;
     config.check()?;
     let level = weft_daemon::log::init(&config.log_level, config.log_format).context("log_level")?;
+    #[cfg(target_env = "gnu")]
     few_arenas();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start a runtime")?;
@@ -98,9 +99,6 @@ fn few_arenas() {
     // SAFETY: it sets a number, and no other thread exists yet that could allocate meanwhile.
     unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, 2) };
 }
-
-#[cfg(not(target_env = "gnu"))]
-fn few_arenas() {}
 
 fn show(ask: &Ask) -> Result<ExitCode> {
     let status = asked(&ask.socket, async |mut node| node.status(StatusRequest {}).await)?;
