@@ -47,12 +47,12 @@ pub struct Config {
 /// How many notifications are taken in before anything is done about them: a transaction has many.
 const AT_ONCE: usize = 256;
 
-/// Runs until nobody is interested any more, in the network namespace of the threads that poll it.
+/// Runs until nobody is interested any more, in the network namespace of the threads that poll it. The first word is
+/// published when the rule in INPUT was looked for, also if it is what the channel holds.
 pub async fn run(config: Config, publish: watch::Sender<Guard>) {
-    publish.send_if_modified(|guard| std::mem::replace(guard, Guard::Ours) != Guard::Ours);
     let mut machine = Machine::new(config.backend, Instant::now());
     let notifications = ruleset_events::watch();
-    machine.on(Event::Listening(notifications.is_ok()), Instant::now());
+    let mut events = vec![Event::Listening(notifications.is_ok())];
     let mut notifications = std::pin::pin!(match notifications {
         Ok(notifications) => notifications.ready_chunks(AT_ONCE).left_stream(),
         Err(error) => {
@@ -62,8 +62,17 @@ pub async fn run(config: Config, publish: watch::Sender<Guard>) {
     });
     let mut job = std::pin::pin!(Either::Left(pending()));
     loop {
+        for event in events {
+            for act in machine.on(event, Instant::now()) {
+                match act {
+                    Act::Publish(guard) => drop(publish.send_replace(guard)),
+                    Act::Tell(tale) => tell(&tale),
+                    Act::Run(next) => job.set(Either::Right(carry_out(next, &config.directories))),
+                }
+            }
+        }
         let deadline = machine.next_deadline();
-        let events = tokio::select! {
+        events = tokio::select! {
             // What has been announced counts before the answer of a program that may have looked earlier.
             biased;
             () = publish.closed() => return,
@@ -74,15 +83,6 @@ pub async fn run(config: Config, publish: watch::Sender<Guard>) {
             }
             () = until(deadline) => vec![Event::Clock],
         };
-        for event in events {
-            for act in machine.on(event, Instant::now()) {
-                match act {
-                    Act::Publish(guard) => drop(publish.send_replace(guard)),
-                    Act::Tell(tale) => tell(&tale),
-                    Act::Run(next) => job.set(Either::Right(carry_out(next, &config.directories))),
-                }
-            }
-        }
     }
 }
 

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tracing::{info, warn};
 use weft_daemon::http::{self, Health};
 use weft_daemon::log::Level;
@@ -40,6 +41,8 @@ use crate::snapshot;
 const SUCCESSION: Duration = Duration::from_secs(3);
 /// Forced polls that wait to be taken.
 const POLLS: usize = 64;
+/// How long a start waits to hear whether the rule in INPUT is there: iptables needs about 10 ms to say so.
+const GUARD_SPEAKS_IN: Duration = Duration::from_secs(1);
 /// How often lines say how much was not logged.
 const COUNTED_EVERY: Duration = Duration::from_secs(10);
 
@@ -113,8 +116,11 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
         None => None,
     };
     let (inbox, waiting) = inbox();
-    let (guards, guard) = watch::channel(Guard::Ours);
+    let (guards, mut guard) = watch::channel(Guard::Ours);
     tokio::spawn(guard::run(config.guard(std::env::var_os("PATH").as_deref()), guards));
+    // While it is not known that the rule in INPUT is there, our program refuses by itself, also what an operator's rule
+    // accepts: a restart does not, unless iptables is busy for long.
+    let _known_or_late = timeout(GUARD_SPEAKS_IN, guard.changed()).await;
     let runbook = Runbook {
         inbox: inbox.clone(),
         polls: policies.as_ref().map(|_| polls),

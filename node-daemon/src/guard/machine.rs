@@ -86,7 +86,8 @@ pub(super) struct Machine {
     absent: bool,
     rules: Each<Watched>,
     running: bool,
-    published: Guard,
+    /// None: nothing was known yet.
+    published: Option<Guard>,
     /// The time of the last event.
     now: Instant,
     /// Rules of ours in the backend that is not used, from another time: they would keep operators' rules from
@@ -118,7 +119,6 @@ struct Watched {
 }
 
 impl Machine {
-    /// Published is [`Guard::Ours`].
     pub(super) fn new(wish: Wish, now: Instant) -> Self {
         Self {
             wish,
@@ -128,7 +128,7 @@ impl Machine {
             absent: false,
             rules: Each::default(),
             running: false,
-            published: Guard::Ours,
+            published: None,
             now,
             left: Vec::new(),
         }
@@ -157,7 +157,12 @@ impl Machine {
                     acts.push(Act::Run(job));
                 }
             }
-            Event::Listening(listening) => self.listening = listening,
+            Event::Listening(listening) => {
+                self.listening = listening;
+                if self.wish == Wish::None {
+                    self.publish(Guard::Ours, &mut acts);
+                }
+            }
             Event::Touched(rule, touch) => self.touched(rule, touch, now, &mut acts),
             Event::Looked(seen) => self.looked(&seen, now, &mut acts),
             Event::Checked(rule, Ok(true)) => self.there(rule, now, &mut acts),
@@ -209,7 +214,7 @@ impl Machine {
     }
 
     fn publish(&mut self, guard: Guard, acts: &mut Vec<Act>) {
-        if std::mem::replace(&mut self.published, guard) != guard {
+        if self.published.replace(guard) != Some(guard) {
             acts.push(Act::Publish(guard));
         }
     }
@@ -247,8 +252,12 @@ impl Machine {
             return;
         }
         self.rules = Each::default();
-        self.publish(Guard::Ours, acts);
-        let Some((program, because)) = seen.choose(self.wish) else {
+        let chosen = seen.choose(self.wish);
+        // Of a first program's rule nothing is known before it is checked.
+        if self.published.is_some() || chosen.is_none() {
+            self.publish(Guard::Ours, acts);
+        }
+        let Some((program, because)) = chosen else {
             self.program = None;
             self.look_at = Some(now + SLOW);
             if !std::mem::replace(&mut self.absent, true) {

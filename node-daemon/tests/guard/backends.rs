@@ -1,6 +1,6 @@
 //! Which backend the rules are in.
 
-use weft_node::guard::{Guard, Wish};
+use weft_node::guard::Wish;
 
 use crate::world::{Kept, Space, eventually, script};
 
@@ -34,7 +34,7 @@ fn auto_takes_the_backend_that_is_in_use() {
         }
         let directory = programs(plain);
         let kept = Kept::among(&cell, Wish::Auto, vec![directory.path().to_owned()]);
-        assert_eq!(kept.next(), Guard::Iptables, "{used:?}, plain {plain}");
+        kept.appends(&format!("{used:?}, plain {plain}"));
         eventually("both rules", || cell.has_ours(chosen));
         // Nothing was made in the other one by looking at it.
         let (legacy, nft) = (cell.run(LEGACY_TABLES), cell.run("nft list tables"));
@@ -51,7 +51,7 @@ fn only_one_program_is_reason_enough() {
     let directory = tempfile::tempdir().expect("directory");
     script(&directory.path().join("iptables"), "exec iptables-legacy \"$@\"");
     let kept = Kept::among(&cell, Wish::Auto, vec![directory.path().to_owned()]);
-    assert_eq!(kept.next(), Guard::Iptables);
+    kept.appends("iptables");
     eventually("both rules", || cell.has_ours("iptables-legacy"));
 }
 
@@ -68,7 +68,7 @@ fn another_wish_moves_our_rules_and_none_of_others() {
         (Wish::Nft, "iptables-nft", "iptables-legacy"),
     ] {
         let kept = Kept::start(&cell, wish);
-        assert_eq!(kept.next(), Guard::Iptables, "{here}");
+        kept.appends(here);
         eventually("here", || cell.has_ours(here));
         eventually("not there", || {
             cell.chain(there, "INPUT") == ["-P INPUT ACCEPT", "-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT"]

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use weft_node::guard::{Guard, Rule};
+use weft_node::guard::Rule;
 
 use crate::world::{BOTH, Kept, LONG, Space, eventually};
 
@@ -56,7 +56,7 @@ fn what_is_marked_is_refused_and_an_operators_accept_wins() {
         let connect = |port: u16| connect(&container, &format!("10.9.1.1:{port}"), LONG);
         assert_eq!(connect(8899), Ok(()), "{program}: without the rule nothing refuses");
         let kept = Kept::start(&cell, wish);
-        assert_eq!(kept.next(), Guard::Iptables, "{program}");
+        kept.appends(program);
         assert_eq!(connect(8898), Err(ErrorKind::ConnectionRefused), "{program}");
         assert_eq!(connect(8899), Err(ErrorKind::ConnectionRefused), "{program}");
         assert_eq!(connect(8900), Ok(()), "{program}: not marked");
@@ -85,7 +85,7 @@ fn a_policy_of_drop_does_not_undo_what_is_allowed() {
         let short = Duration::from_secs(2);
         assert_eq!(connect(&one, allowed, short), Err(ErrorKind::TimedOut), "{program}: without the rule");
         let kept = Kept::start(&cell, wish);
-        assert_eq!(kept.next(), Guard::Iptables, "{program}");
+        kept.appends(program);
         eventually("both rules", || cell.has_ours(program));
         assert_eq!(connect(&one, allowed, LONG), Ok(()), "{program}");
         assert_eq!(connect(&one, not_allowed, short), Err(ErrorKind::TimedOut), "{program}");

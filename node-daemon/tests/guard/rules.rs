@@ -15,9 +15,14 @@ fn appended_after_the_operators_rules_and_once() {
             "{program} -w 5 -A INPUT -p tcp -m tcp --dport 22 -j ACCEPT && {program} -w 5 -P FORWARD DROP && \
              {program} -w 5 -N other && {program} -w 5 -A FORWARD -j other"
         ));
-        for _start in 0..2 {
+        for again in [false, true] {
             let kept = Kept::start(&cell, wish);
-            assert_eq!(kept.next(), Guard::Iptables, "{program}");
+            match again {
+                false => kept.appends(program),
+                true => {
+                    assert_eq!(kept.next(), Guard::Iptables, "{program}: no doubt about a rule that is there")
+                }
+            }
             eventually("both rules", || cell.has_ours(program));
             drop(kept);
             assert_eq!(
@@ -40,7 +45,7 @@ fn put_back_when_flushed_and_meanwhile_ours_refuses() {
     for (program, wish) in BOTH {
         let cell = Space::new();
         let kept = Kept::start(&cell, wish);
-        assert_eq!(kept.next(), Guard::Iptables, "{program}");
+        kept.appends(program);
         eventually("both rules", || cell.has_ours(program));
         let accident = match wish {
             Wish::Nft => {
@@ -66,7 +71,7 @@ fn put_back_when_flushed_and_meanwhile_ours_refuses() {
 fn foreign_rules_come_and_go() {
     let cell = Space::new();
     let kept = Kept::start(&cell, Wish::Nft);
-    assert_eq!(kept.next(), Guard::Iptables);
+    kept.appends("iptables-nft");
     cell.run("iptables-nft -N other && iptables-nft -A other -j ACCEPT && iptables-nft -A FORWARD -j other");
     cell.run("iptables-nft -F other && iptables-nft -I INPUT -p tcp --dport 8898 -j ACCEPT");
     cell.run("iptables-nft -t nat -A INPUT -j ACCEPT && iptables-nft -t nat -F INPUT");
@@ -83,6 +88,7 @@ fn without_a_program_ours_refuses_until_there_is_one() {
     let cell = Space::new();
     let directory = tempfile::tempdir().expect("directory");
     let kept = Kept::among(&cell, Wish::Auto, vec![directory.path().to_owned()]);
+    assert_eq!(kept.next(), Guard::Ours);
     assert_eq!(kept.published.recv_timeout(Duration::from_secs(1)), Err(RecvTimeoutError::Timeout));
     let program = "/usr/sbin/iptables-nft";
     std::os::unix::fs::symlink(program, directory.path().join("iptables-nft")).expect("linked");
@@ -107,7 +113,8 @@ fn while_the_program_fails_ours_refuses() {
     let calls =
         || std::fs::read_to_string(directory.path().join("calls")).unwrap_or_default().lines().count();
     eventually("it was tried", || calls() >= 5);
-    assert!(kept.published.try_recv().is_err(), "the rule is not there");
+    let published: Vec<Guard> = kept.published.try_iter().collect();
+    assert_eq!(published, [Guard::Ours], "the rule is not there");
     std::fs::write(directory.path().join("mended"), "").expect("written");
     assert_eq!(kept.next(), Guard::Iptables);
     assert!(cell.chain("iptables-nft", "INPUT").contains(&INPUT.to_owned()));

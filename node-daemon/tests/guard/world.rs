@@ -113,6 +113,11 @@ impl Kept {
         Self { published, stop: Some(stop), thread: Some(thread::spawn(work)) }
     }
 
+    /// The first words of a task that finds no rule.
+    pub(crate) fn appends(&self, whose: &str) {
+        assert_eq!((self.next(), self.next()), (Guard::Ours, Guard::Iptables), "{whose}");
+    }
+
     pub(crate) fn next(&self) -> Guard {
         self.published.recv_timeout(LONG).expect("published")
     }

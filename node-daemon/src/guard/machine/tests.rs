@@ -109,7 +109,7 @@ fn the_first_start() {
     let mut bench = Bench::new(Wish::Auto);
     let chosen = bench.does(Job::Look, Event::Looked(seen(Held::default(), Held::default())));
     assert_eq!(chosen, [Act::Tell(Tale::Chosen(used(Backend::Nft), Because::PlainOfNeither))]);
-    assert_eq!(bench.check(Input, false), []);
+    assert_eq!(bench.check(Input, false), [Act::Publish(Guard::Ours)], "the first word");
     assert_eq!(bench.append(Input), []);
     // Its own event changes nothing.
     assert_eq!(bench.touch(Input, Touch::Made), []);
@@ -202,7 +202,7 @@ fn no_program_until_there_is_one() {
     let mut bench = Bench::new(Wish::Legacy);
     let absent = Trouble { why: Why::Absent, said: "no program found".into() };
     let told = bench.does(Job::Look, Event::Looked(Seen::default()));
-    assert_eq!(told, [Act::Tell(Tale::Trouble(None, absent))]);
+    assert_eq!(told, [Act::Publish(Guard::Ours), Act::Tell(Tale::Trouble(None, absent))]);
     assert_eq!(bench.run(), (Job::Look, SLOW));
     assert_eq!(bench.on(Event::Looked(Seen::default())), []);
     assert_eq!(bench.run(), (Job::Look, SLOW));
@@ -214,7 +214,7 @@ fn no_program_until_there_is_one() {
     bench.on(Event::Checked(Forward, Err(trouble(Why::Absent))));
     bench.until(&Job::Look, &Err(trouble(Why::Absent)));
     bench.on(Event::Looked(Seen::default()));
-    assert_eq!(bench.machine.published, Guard::Ours);
+    assert_eq!(bench.machine.published, Some(Guard::Ours));
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn nothing_at_all_without_a_wish() {
     let mut bench = Bench::new(Wish::None);
     bench.touch(Input, Touch::Suspicious);
     assert_eq!(bench.machine.next_deadline(), None);
-    assert_eq!(bench.machine.published, Guard::Ours);
+    assert_eq!(bench.machine.published, Some(Guard::Ours));
 }
 
 #[test]
@@ -352,7 +352,7 @@ impl World {
             Op::Pass(millis) => self.bench.now += MS * u32::try_from(millis).expect("short"),
         }
         self.clock();
-        if self.bench.machine.published == Guard::Iptables {
+        if self.bench.machine.published == Some(Guard::Iptables) {
             assert_eq!(self.copies[Input], 1, "said to be there");
         }
     }
@@ -381,7 +381,7 @@ proptest! {
                 world.bench.now = world.bench.now.max(next);
             }
         }
-        prop_assert_eq!(world.bench.machine.published, Guard::Iptables);
+        prop_assert_eq!(world.bench.machine.published, Some(Guard::Iptables));
         prop_assert_eq!([world.copies[Input], world.copies[Forward]], [1, 1]);
     }
 
