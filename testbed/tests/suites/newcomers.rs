@@ -12,8 +12,8 @@ use weft_testbed::policy_server::{Fault, Policy, Route, SecurityGroup};
 use weft_testbed::{Lab, lab::Cell};
 
 use crate::world::{
-    Ear, Fate, WORLD, added, allow, begin, bind, group, instance, lab, quiet, server, tcp_rule, wait_for,
-    with,
+    Ear, Fate, WORLD, added, allow, begin, bind, group, instance, lab, opens, quiet, server, tcp, tcp_rule,
+    wait_for, with,
 };
 
 const ANSWERS_IN: Duration = Duration::from_millis(50);
@@ -35,12 +35,13 @@ impl Scene {
     /// At the intervals that operators have: no poll comes to help. Everything is known of the space `space`.
     fn new(purpose: &str) -> Self {
         let lab = lab(purpose, Map::new(), &json!({}));
+        allow(&lab, &[Policy::tcp("server", "server", SERVES)]);
+        bind(&lab, group("known", &json!([tcp_rule("10.0.0.1", &GROUPS.to_string())]), &["space"]));
         let to = added(&lab.cells[0], &instance("server", "server"));
         let ears = [Ear::at(&to.place, SERVES), Ear::at(&lab.underlay, GROUPS)];
-        wait_for("the first answers", || {
-            let status = lab.cells[0].status().unwrap();
-            let ages = ["policies_age_seconds", "security_groups_age_seconds"];
-            ages.iter().all(|age| status["policy_server"][age].is_u64())
+        let other = added(&lab.cells[0], &instance("other-instance", "server"));
+        wait_for("the answers that are about the server", || {
+            opens(&other, &to, SERVES) && tcp(&other.place, WORLD, GROUPS) == Fate::Open
         });
         server(&lab).set_fault_everywhere(Fault::Slow(ANSWERS_IN));
         Self { lab, server: to, _ears: ears }
@@ -160,7 +161,7 @@ fn while_the_server_is_away_newcomers_wait_for_the_next_poll_and_not_in_add() {
     let request = scene.newcomers(&["new".into()]).remove(0);
     server(&scene.lab).stop();
     let container = added(scene.cell(), &request);
-    let open = |addr, port| crate::world::tcp(&container.place, addr, port) == Fate::Open;
+    let open = |addr, port| tcp(&container.place, addr, port) == Fate::Open;
     thread::sleep(Duration::from_secs(1));
     assert!(!open(scene.server.addr, SERVES) && !open(WORLD, GROUPS));
     server(&scene.lab).start().unwrap();
