@@ -152,7 +152,8 @@ impl Cell {
         }
     }
 
-    /// All that is known of policies, as of one answer of the policy server.
+    /// All that is known of policies, as of one answer of the policy server in which [`Turns`](crate::policy::turns::Turns)
+    /// are noted.
     pub fn policies(&mut self, policies: Policies) {
         let before = mem::replace(&mut self.inputs.policies, policies);
         let differs = |guid: &&AppGuid| before.get(*guid) != self.inputs.policies.get(*guid);

@@ -2,7 +2,10 @@
 //!
 //! An app that is a source of some policy has a *tag*, which its packets carry (as the packet's mark, and in VXLAN's
 //! group-based policy field between cells). A freed tag is another app's a moment later, so tags mean something only
-//! within one answer of the policy server: policies are replaced as a whole.
+//! within one answer of the policy server: policies are replaced as a whole, and [`turns`] tells who has a tag now from
+//! who had it.
+
+pub mod turns;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::address::NotValid;
 use crate::asg::PortRange;
 use crate::profile::Transport;
+use turns::Turn;
 
 /// What policies call an app: its containers' `policy_group_id`. 1 to 255 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -109,6 +113,9 @@ pub struct Inbound {
     pub tag: PolicyTag,
     pub transport: Transport,
     pub ports: PortRange,
+    /// The tag's.
+    #[serde(default)]
+    pub turn: Turn,
 }
 
 /// What concerns one app.
@@ -116,6 +123,9 @@ pub struct Inbound {
 pub struct AppPolicies {
     /// What its packets carry; none: it is the source of no policy.
     pub tag: Option<PolicyTag>,
+    /// The tag's.
+    #[serde(default)]
+    pub turn: Turn,
     /// Sorted, each once.
     pub inbound: Vec<Inbound>,
 }
@@ -138,7 +148,7 @@ pub fn by_app(policies: impl IntoIterator<Item = Policy>) -> Policies {
     let mut apps: BTreeMap<AppGuid, AppPolicies> = BTreeMap::new();
     for Policy { source, source_tag, destination, transport, ports } in policies {
         apps.entry(source.clone()).or_default().tag = Some(source_tag);
-        let inbound = Inbound { from: source, tag: source_tag, transport, ports };
+        let inbound = Inbound { from: source, tag: source_tag, transport, ports, turn: Turn::default() };
         apps.entry(destination).or_default().inbound.push(inbound);
     }
     for app in apps.values_mut() {

@@ -32,6 +32,7 @@ use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
 use weft_model::asg::group::SecurityGroup;
 use weft_model::follow::{Act, Event, Follow, Ids, Intervals, Outcome, Subject, Ticket};
+use weft_model::policy::turns::Turns;
 use weft_model::policy::{Policies, PolicyTag};
 
 pub use answer::Listed;
@@ -150,6 +151,7 @@ pub async fn run(
     let held = Applied::of(&out.borrow()).by_subject().into_iter().filter(|(_, number)| *number > 0);
     let held: Vec<Subject> = held.map(|(subject, _)| subject).collect();
     let mut follow = Follow::start(config.intervals, &held);
+    let turns = out.borrow().policies.as_ref().map(|told| Turns::of(&told.value)).unwrap_or_default();
     let client = || Arc::new(Client::new(config.server.clone()));
     let mut run = Run {
         clients: [Subject::Policies, Subject::Groups, Subject::Router]
@@ -158,6 +160,7 @@ pub async fn run(
         config,
         out,
         asks: FuturesUnordered::new(),
+        turns,
         fresh: None,
         left_out: BTreeMap::new(),
         forced: BTreeMap::new(),
@@ -201,6 +204,8 @@ struct Run {
     clients: BTreeMap<Subject, Arc<Client>>,
     out: watch::Sender<Known>,
     asks: FuturesUnordered<BoxFuture<'static, Asked>>,
+    /// Of the tags in the answers.
+    turns: Turns,
     /// The answer that is being dealt with.
     fresh: Option<Value>,
     /// What was left out of the last answers, as logged.
@@ -227,8 +232,11 @@ impl Run {
                 Outcome::Failed(why)
             }
             Ok(Answer::Unchanged) => Outcome::Unchanged,
-            Ok(Answer::Fetched(Fetched { value, stamp, left_out })) => {
+            Ok(Answer::Fetched(Fetched { mut value, stamp, left_out })) => {
                 self.log_left_out(subject, left_out);
+                if let Value::Policies(policies) = &mut value {
+                    self.turns.note(policies);
+                }
                 if value.is_in(&self.out.borrow()) {
                     return Outcome::Same(stamp);
                 }

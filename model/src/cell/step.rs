@@ -143,12 +143,36 @@ pub struct Step {
     pub remove: Vec<Change>,
 }
 
-/// One transaction: all of it happens, or nothing.
+/// One or two transactions ([`Firewall::phases`]): of each all happens, or nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Firewall {
     /// The table is replaced by what the changes create: something in it is not known, or cannot be changed in place.
     pub anew: bool,
+    /// A packet may be on its way where something changes: it is not all about links that are not there yet, and there is a
+    /// table that stays.
+    pub met: bool,
     pub changes: Vec<Change>,
+}
+
+impl Firewall {
+    /// What goes into a transaction ahead of the others, and the others.
+    ///
+    /// A packet chooses the old rules or the new ones when it comes, and looks into maps as they are at that moment: the old
+    /// rules of a new chain are none, and what is led there by a new element is let through. And the kernel shows packets a
+    /// new set's ranges a moment later than the rules that look into it (nft_do_chain in nf_tables_core.c,
+    /// nft_set_commit_update in nf_tables_api.c). So new chains and sets are there before anything leads to them.
+    pub fn phases(&self) -> [Vec<&Change>; 2] {
+        let ahead = |change: &&Change| {
+            let will = change.will.as_ref().and_then(Object::content).filter(|_| change.was.is_none());
+            match will {
+                Some(Content::Set(_)) => true,
+                Some(Content::Chain(chain)) => chain.base.is_none(),
+                Some(Content::Table | Content::Element(_)) | None => false,
+            }
+        };
+        let (ahead, rest) = self.changes.iter().partition(|change| self.met && ahead(change));
+        [ahead, rest]
+    }
 }
 
 impl Step {

@@ -2,8 +2,11 @@
 
 use std::mem;
 
+use nf_tables::Data;
+
 use super::{Belief, Cell, Change, Firewall, Key, Object, Outcome, Presence, Record, Step};
-use crate::firewall::Content;
+use crate::address::OverlayAddr;
+use crate::firewall::{Content, Part};
 use crate::reason::Reason;
 
 /// A change that the kernel did not carry out. It is tried again with the next step.
@@ -37,6 +40,9 @@ impl Cell {
                 list.push(Change { key, was, will });
             }
         }
+        let changes = &step.firewall.changes;
+        step.firewall.met =
+            changes.iter().any(|change| self.is_met(change)) && !changes.iter().any(makes_table);
         if step.firewall.changes.iter().any(needs_new_table) {
             step.firewall = self.whole_firewall();
         }
@@ -72,7 +78,19 @@ impl Cell {
             was: None,
             will: Some(object.clone()),
         };
-        Firewall { anew: true, changes: wanted.chain(kept).map(create).collect() }
+        Firewall { anew: true, met: false, changes: wanted.chain(kept).map(create).collect() }
+    }
+
+    /// Whether packets that are on their way may be led elsewhere by this change.
+    fn is_met(&self, change: &Change) -> bool {
+        let leads_from = match (change.key.part(), change.will.as_ref().and_then(Object::content)) {
+            (Some(Part::Element(_, key)), Some(Content::Element(Data::Verdict(_)))) => {
+                <[u8; 4]>::try_from(&**key).ok().map(|addr| OverlayAddr::new(addr.into()))
+            }
+            _ => None,
+        };
+        let changes = change.was.is_some() && change.will.is_some();
+        changes || leads_from.is_some_and(|addr| !self.unborn.contains(&addr))
     }
 
     /// Routes, neighbours and forwarding entries go with their device when it is made anew.
@@ -147,6 +165,11 @@ impl Cell {
 }
 
 /// Only chains and elements change in place; and what is not known may be anything.
+/// Nothing was there.
+fn makes_table(change: &Change) -> bool {
+    change.was.is_none() && change.key.part() == Some(&Part::Table)
+}
+
 fn needs_new_table(change: &Change) -> bool {
     match (&change.was, &change.will) {
         (Some(Belief::Unknown), _) => true,

@@ -1,7 +1,8 @@
 //! Who may open connections to an app's containers: one chain for the app, and one set of tag, protocol and ports.
 //!
-//! The tag that a packet carries is enough to know its sender by, also on the same cell: marks of this cell's containers and
-//! the sets that they are compared with come from one answer of the policy server and change in one transaction.
+//! A packet's sender is known by its tag and, on the same cell, by the tag's turn, too: marks of this cell's containers and
+//! the sets that they are compared with come from one answer of the policy server and change in one transaction, but a
+//! packet may be on its way just then.
 
 use std::collections::BTreeMap;
 
@@ -9,6 +10,7 @@ use nf_tables::{Field, Key, Ranges, Set, Target};
 
 use super::draft::{Part as Of, TCP, UDP, rule};
 use super::{Planned, chain, joined, name, set};
+use crate::policy::turns::Turn;
 use crate::policy::{AppGuid, AppPolicies};
 use crate::profile::{Transport, digest_of};
 
@@ -26,7 +28,7 @@ pub fn app(guid: &AppGuid, policies: &AppPolicies, logged: bool) -> Planned {
     let ranges = Ranges::new(key.len(), boxes.iter().map(|(low, high)| (low.as_slice(), high.as_slice())));
     // Named by its content: a set does not change.
     let senders = format!("senders-{}", digest_of(&(guid, &policies.inbound)));
-    let allowed = rule("policy").in_set(&name(&senders), &[Of::Tag, Of::Protocol, Of::Port]);
+    let allowed = rule("policy").in_set(&name(&senders), &[Of::TagAtTurn, Of::Protocol, Of::Port]);
     let allowed = if logged { allowed.goto("guests") } else { allowed.let_in() };
     let declared = Set { key, target: Target::Nothing, ranges: true, dynamic: None };
     vec![
@@ -35,24 +37,27 @@ pub fn app(guid: &AppGuid, policies: &AppPolicies, logged: bool) -> Planned {
     ]
 }
 
+// A mark's bytes are compared from the first on: where the turn is in the last of them, all that is between the ends of a
+// tag's range is this tag.
+const _: () = assert!(cfg!(target_endian = "little"));
+
 /// Lower and upper ends, none within another: ports that meet are made one.
 fn boxes(policies: &AppPolicies) -> Vec<(Vec<u8>, Vec<u8>)> {
-    let mut by_sender: BTreeMap<(u16, u8), Vec<(u16, u16)>> = BTreeMap::new();
+    let mut by_sender: BTreeMap<(u16, Turn, u8), Vec<(u16, u16)>> = BTreeMap::new();
     for inbound in &policies.inbound {
         let protocol = if inbound.transport == Transport::Tcp { TCP } else { UDP };
         let ports = (inbound.ports.first(), inbound.ports.last());
-        by_sender.entry((inbound.tag.get(), protocol)).or_default().push(ports);
+        by_sender.entry((inbound.tag.get(), inbound.turn, protocol)).or_default().push(ports);
     }
-    let key = |tag: u16, protocol: u8, port: u16| {
+    let key = |tag: u16, turn: u32, protocol: u8, port: u16| {
         let [high, low] = port.to_be_bytes();
-        [&u32::from(tag).to_ne_bytes()[..], &[protocol, 0, 0, 0, high, low, 0, 0]].concat()
+        [&(u32::from(tag) | turn).to_ne_bytes()[..], &[protocol, 0, 0, 0, high, low, 0, 0]].concat()
     };
     let mut boxes = Vec::new();
-    for ((tag, protocol), ports) in by_sender {
-        let merged = joined(ports);
-        boxes.extend(
-            merged.iter().map(|(first, last)| (key(tag, protocol, *first), key(tag, protocol, *last))),
-        );
+    for ((tag, turn, protocol), ports) in by_sender {
+        let [low, high] = turn.ends();
+        let one = |(first, last)| (key(tag, low, protocol, first), key(tag, high, protocol, last));
+        boxes.extend(joined(ports).into_iter().map(one));
     }
     boxes
 }

@@ -10,6 +10,7 @@ use nf_tables::{
 use crate::address::DeviceName;
 use crate::firewall::{ALLOWED, name};
 use crate::policy::PolicyTag;
+use crate::policy::turns::Turn;
 
 pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
@@ -40,6 +41,8 @@ pub(super) enum Part {
     ConnectionMark,
     /// The sender's tag: the low 16 bits of the packet's mark.
     Tag,
+    /// The tag and its turn, turned over ([`Turn::ends`]).
+    TagAtTurn,
 }
 
 /// A rule in the making.
@@ -167,13 +170,19 @@ impl Draft {
             Part::Port => payload(Header::Transport, 2, 2),
             Part::IcmpType => payload(Header::Transport, 0, 1),
             Part::IcmpCode => payload(Header::Transport, 1, 1),
-            Part::Tag => {
-                let (mask, xor) = (u32::from(u16::MAX).to_ne_bytes().to_vec(), vec![0; 4]);
-                let loaded = self.add([Expression::Meta { load: Metadata::Mark, to }]);
-                return loaded.add([Expression::Bitwise { from: to, to, mask, xor }]);
-            }
+            Part::Tag => return self.mark_bits(u16::MAX.into(), 0, to),
+            Part::TagAtTurn => return self.mark_bits(Turn::BITS | u32::from(u16::MAX), Turn::TURNED, to),
         };
         self.add([load])
+    }
+
+    /// `turned`: those of them that are turned over.
+    fn mark_bits(self, bits: u32, turned: u32, to: Slot) -> Self {
+        let (mask, xor) = (bits.to_ne_bytes().to_vec(), turned.to_ne_bytes().to_vec());
+        self.add([
+            Expression::Meta { load: Metadata::Mark, to },
+            Expression::Bitwise { from: to, to, mask, xor },
+        ])
     }
 
     /// Loads a key: every part takes one register.

@@ -30,7 +30,8 @@ pub fn member(
     let own = |set: &str, data| element(set, addr, data);
     let goto = |chain: &Name| Data::Verdict(Verdict::Goto(chain.clone()));
     let source = [&link::index(container.addr).to_ne_bytes()[..], &addr].concat();
-    let mark = ALLOWED | app.and_then(|app| app.tag).map_or(0, |tag| tag.get().into());
+    let tagged = app.and_then(|app| Some(u32::from(app.tag?.get()) | app.turn.mark()));
+    let mark = ALLOWED | tagged.unwrap_or_default();
     let mark = || Data::Value(mark.to_ne_bytes().to_vec());
     let allowed =
         |connection: u32| element("allowed", [&source[..], &connection.to_ne_bytes()].concat(), mark());

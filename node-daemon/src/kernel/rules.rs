@@ -1,4 +1,4 @@
-//! The firewall's table: one transaction for a step, one before it for new sets of ranges, and what is in the table.
+//! The firewall's table: one transaction for a step, or two, and what is in the table.
 //!
 //! Owns a socket of its own that stays open: one that closes waits for all that its transactions deleted.
 
@@ -32,8 +32,7 @@ const ROUNDS: usize = 8;
 /// The firewall's part of a step as it is sent: for those who measure what of a change is the kernel's.
 pub fn transactions(firewall: &Firewall) -> Vec<Transaction<&Key>> {
     let table = TABLE.parse().unwrap_or_else(|_| unreachable!("{TABLE} is a name"));
-    let (ahead, rest) = transaction::phases(firewall);
-    let sent = [ahead, rest].into_iter().filter(|changes| !changes.is_empty());
+    let sent = firewall.phases().into_iter().filter(|changes| !changes.is_empty());
     sent.map(|changes| transaction::transaction(&table, 1, firewall.anew, changes)).collect()
 }
 
@@ -65,13 +64,11 @@ impl RulesSocket {
 
     // === changes ===
 
-    /// All at once, but for what has to be filled before packets are led to it. Those that the kernel refuses, and those
+    /// All at once, but for what has to be there before packets are led to it. Those that the kernel refuses, and those
     /// that need them, are left out and returned.
     pub(super) fn carry_out(&mut self, firewall: &Firewall) -> BTreeMap<Key, Reason> {
-        let (ahead, rest) = transaction::phases(firewall);
-        let mut out = self.carry_out_at_once(firewall.anew, &ahead);
-        out.extend(self.carry_out_at_once(firewall.anew, &rest));
-        out
+        let phases = firewall.phases();
+        phases.iter().flat_map(|changes| self.carry_out_at_once(firewall.anew, changes)).collect()
     }
 
     fn carry_out_at_once(&mut self, anew: bool, changes: &[&Change]) -> BTreeMap<Key, Reason> {

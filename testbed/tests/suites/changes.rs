@@ -42,6 +42,7 @@ impl Scene {
     fn new() -> Self {
         let often = json!({"policy_poll_interval_seconds": 0.1, "asg_poll_interval_seconds": 0.1});
         let lab = polled_with("changes", &often, &json!({}));
+        lab.tell_bursts_of_refusals().unwrap();
         let [a, b, d] = ["a", "b", "d"].map(|name| added(&lab.cells[0], &instance(name, name)));
         let c = added(&lab.cells[1], &instance("c", "c"));
         for n in 0..3 {

@@ -195,6 +195,7 @@ fn defect_6_without_a_server_nodes_start_and_containers_too() {
 #[test]
 fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
     let lab = polled_with("defect-8", &json!({"policy_poll_interval_seconds": 0.1}), &json!({}));
+    lab.tell_bursts_of_refusals().unwrap();
     let cell = &lab.cells[0];
     let [old, new, olds, news] =
         ["old", "new", "olds", "news"].map(|name| added(cell, &instance(name, name)));
@@ -202,7 +203,7 @@ fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
     let (first, second) = ([Policy::tcp("old", "olds", HTTP)], [Policy::tcp("new", "news", HTTP)]);
     let tag = |app: &str| server(&lab).change(|state| state.tag(app)).unwrap();
     let stop = AtomicBool::new(false);
-    // The kernel sends so many refusals in a second; those that it does not send are not waited for.
+    // A refusal that does not come is not waited for.
     let briefly = Duration::from_millis(20);
     let opens = |from: &Container, to: &Container| {
         from.place.enter(|| begin(to.addr, HTTP, briefly)).unwrap() == Fate::Open
@@ -218,7 +219,7 @@ fn defect_8_who_is_given_a_freed_tag_is_not_taken_for_who_had_it() {
     };
     thread::scope(|scope| {
         let forbidden = [scope.spawn(|| never(&new, &olds)), scope.spawn(|| never(&old, &news))];
-        for _ in 0..15 {
+        for _ in 0..40 {
             allow(&lab, &first);
             let before = tag("old");
             wait_for("the one", || opens(&old, &olds));
@@ -377,8 +378,19 @@ fn defect_17_operators_iptables_rules_count_and_outlive_the_node() {
     for end in [Cell::stop_node, Cell::kill_node] {
         end(cell).unwrap();
         assert_eq!((seen(), theirs()), (Fate::Open, before.clone()), "without a node");
-        cell.start_node().unwrap();
-        cell.wait_ready(1, PATIENCE).unwrap();
+        let ready = AtomicBool::new(false);
+        let all_the_time = || {
+            while !ready.load(Ordering::Relaxed) {
+                assert_eq!(seen(), Fate::Open, "while the node starts");
+            }
+        };
+        thread::scope(|scope| {
+            let stream = scope.spawn(all_the_time);
+            let started = cell.start_node().and_then(|()| cell.wait_ready(1, PATIENCE));
+            ready.store(true, Ordering::Relaxed);
+            stream.join().unwrap();
+            started.unwrap();
+        });
         let new = added(cell, &instance("new", "new"));
         assert_eq!(tcp(&new.place, cell.underlay, 8898), Fate::Open, "a newly pushed app");
         cell.del("new").unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use nf_tables::batch::{Batch, Transaction};
 use nf_tables::{Chain, Data, Element, Name};
-use weft_model::cell::{Belief, Change, Firewall, Key, Object};
+use weft_model::cell::{Belief, Change, Key, Object};
 use weft_model::firewall::{Content, Filled, Part, refuses};
 
 /// One change, with what it is about.
@@ -14,21 +14,6 @@ struct Item<'a> {
     part: &'a Part,
     was: Option<&'a Content>,
     will: Option<&'a Content>,
-}
-
-/// What goes into a transaction ahead of the others, and the others.
-///
-/// The kernel shows packets a new set's ranges a moment later than the rules that look into it
-/// (nft_set_commit_update in nf_tables_api.c). Where such rules take the place of others, what both allow would be refused
-/// in between; so the sets are there before, when no rule knows of them. A table that is made anew cannot be made ahead.
-pub(super) fn phases(firewall: &Firewall) -> (Vec<&Change>, Vec<&Change>) {
-    let met = |change: &Change| change.was.is_some() && change.will.is_some();
-    let needed = !firewall.anew && firewall.changes.iter().any(met);
-    let fills = |change: &&Change| {
-        let new = item(change).and_then(|item| item.new_set().map(|(.., set)| set.set.ranges));
-        needed && new == Some(true)
-    };
-    firewall.changes.iter().partition(fills)
 }
 
 /// `first`: the number of the first message. `anew`: the table is replaced.
@@ -142,36 +127,11 @@ impl<'a> Item<'a> {
 mod tests {
     use std::sync::Arc;
 
-    use weft_model::cell::{Cell, Outcome, Wanted};
+    use weft_model::cell::Wanted;
     use weft_model::profile::Profile;
     use weft_model::walk;
 
     use super::*;
-
-    /// dataplane.md, "Whose rules".
-    #[test]
-    fn sets_are_laid_ahead_where_rules_take_the_place_of_others() {
-        let ahead = |cell: &mut Cell| {
-            let step = cell.diff();
-            let (ahead, rest) = phases(&step.firewall);
-            assert_eq!(ahead.len() + rest.len(), step.firewall.changes.len());
-            let names: Vec<String> = ahead.iter().map(|change| change.key.to_string()).collect();
-            cell.settle(&step, &Outcome::default());
-            names
-        };
-        let policies = |cell: &mut Cell, all: &[(u8, u8, u8)]| {
-            let set = all.iter().copied().collect();
-            walk::edit(cell, 7, &walk::Move::Policies(set));
-        };
-        let mut cell = walk::start(7);
-        cell.add(walk::wanted(1)).unwrap();
-        assert_eq!(ahead(&mut cell), Vec::<String>::new(), "nothing was there before");
-        policies(&mut cell, &[(2, 1, 0)]);
-        assert_eq!(ahead(&mut cell), Vec::<String>::new(), "nobody was let in before");
-        policies(&mut cell, &[(2, 1, 0), (3, 1, 0)]);
-        let sets = ahead(&mut cell);
-        assert!(sets.len() == 1 && sets[0].starts_with("set senders-"), "{sets:?}");
-    }
 
     /// dataplane.md, "Whose rules".
     #[test]
