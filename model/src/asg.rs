@@ -4,19 +4,20 @@ pub mod garden;
 pub mod group;
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
 /// Addresses from `first` to `last`, both included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct AddrRange {
     first: Ipv4Addr,
     last: Ipv4Addr,
 }
 
 /// Ports from `first` to `last`, both included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PortRange {
     first: u16,
     last: u16,
@@ -28,6 +29,19 @@ pub struct PortRange {
 pub struct Reversed {
     pub first: String,
     pub last: String,
+}
+
+// Lists of thousands are named by what they hash: each range in one piece.
+impl Hash for AddrRange {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(u64::from(u32::from(self.first)) << 32 | u64::from(u32::from(self.last)));
+    }
+}
+
+impl Hash for PortRange {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u32(u32::from(self.first) << 16 | u32::from(self.last));
+    }
 }
 
 impl AddrRange {

@@ -161,7 +161,7 @@ impl Cell {
             before.keys().chain(self.inputs.policies.keys()).filter(differs).cloned().collect();
         for guid in apps {
             for handle in self.inputs.roster.of_app(&guid).cloned().collect::<Vec<_>>() {
-                self.replan(Unit::Container(handle));
+                self.replan_container(&handle);
             }
             self.replan(Unit::App(guid));
         }
@@ -283,8 +283,8 @@ impl Cell {
         }
         self.record(Record::Present(Arc::clone(&container)));
         self.unborn.insert(addr);
-        self.replan(Unit::Container(container.handle.clone()));
-        self.follow_groups(&container);
+        self.replan_container(&container.handle);
+        self.follow_groups(&container.handle);
         Ok(container)
     }
 
@@ -321,7 +321,7 @@ impl Cell {
             self.record(Record::Profile(profile));
         }
         self.record(Record::Assigned(handle.clone(), digest));
-        self.replan(Unit::Container(handle.clone()));
+        self.replan(Unit::Granted(handle.clone()));
         Ok(())
     }
 
@@ -353,7 +353,7 @@ impl Cell {
         let addr = container.addr;
         if presence != Presence::Leaving {
             self.record(Record::Leaving(handle.clone()));
-            self.replan(Unit::Container(handle.clone()));
+            self.replan_container(handle);
         }
         if self.believed.contains_key(&Key::Link(addr)) {
             return Dropped::Leaving(addr);
@@ -372,7 +372,7 @@ impl Cell {
         }
         self.believed.remove(&Key::Link(addr));
         self.inputs.roster.set_lost(&handle, true);
-        self.replan(Unit::Container(handle.clone()));
+        self.replan_container(&handle);
         Some(handle)
     }
 
@@ -450,6 +450,11 @@ impl Cell {
         }
     }
 
+    fn replan_container(&mut self, handle: &Handle) {
+        self.replan(Unit::Container(handle.clone()));
+        self.replan(Unit::Granted(handle.clone()));
+    }
+
     fn replan_all(&mut self) {
         let all: BTreeSet<Unit> = self.units.keys().cloned().chain(units(&self.inputs)).collect();
         for unit in all {
@@ -484,11 +489,12 @@ impl Cell {
 
     /// What the kernel has to hold for a container and its profile.
     pub fn keys_of(&self, container: &Container) -> impl Iterator<Item = &Key> {
-        let own = self.units.get(&Unit::Container(container.handle.clone()));
+        let own = [Unit::Container, Unit::Granted].map(|unit| unit(container.handle.clone()));
+        let own = own.into_iter().filter_map(|unit| self.units.get(&unit));
         let known = container.profile.and_then(|digest| self.inputs.roster.profile(digest));
         let shared =
             known.map(|known| [Unit::Profile(known.digest()), Unit::Settings(known.settings_digest())]);
         let shared = shared.into_iter().flatten().filter_map(|unit| self.units.get(&unit));
-        own.into_iter().chain(shared).flatten()
+        own.chain(shared).flatten()
     }
 }

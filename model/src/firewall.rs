@@ -9,6 +9,7 @@
 //!  between   what is told of traffic between containers
 //!  limits    dynamic sets that count: connections, log lines
 //!  member    one container's elements in the maps
+//!  key       the key of an element
 //!  layers    security groups' rules as sets the kernel can hold
 //!  explain   which rule decides on a packet, and whose it is
 //! ```
@@ -19,6 +20,7 @@ mod base;
 mod between;
 mod draft;
 pub mod explain;
+mod key;
 mod layers;
 mod limits;
 mod member;
@@ -32,8 +34,9 @@ use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
 
 pub use app::app;
 pub use base::{Base, base};
+pub use key::ElementKey;
 pub use limits::{Limit, Lines, limit, limits_of};
-pub use member::{exposed, is_leased, leased, member};
+pub use member::{exposed, granted, is_leased, leased, member};
 pub use profile::{Chains, Layers, profile, refuses};
 pub use settings::settings;
 
@@ -68,7 +71,7 @@ pub enum Part {
     Set(Name),
     Chain(Name),
     /// An element of a map or set that containers and peers enter, by the bytes of its key.
-    Element(Name, Arc<[u8]>),
+    Element(Name, ElementKey),
 }
 
 /// Its content.
@@ -120,8 +123,7 @@ impl std::fmt::Display for Part {
             Self::Set(name) => write!(f, "set {name}"),
             Self::Chain(name) => write!(f, "chain {name}"),
             Self::Element(set, key) => {
-                write!(f, "element of {set} ")?;
-                key.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+                write!(f, "element of {set} {key:?}")
             }
         }
     }
@@ -158,7 +160,7 @@ fn set(name_of: &str, set: Set, ranges: Ranges) -> (Part, Content) {
     (Part::Set(name(name_of)), Content::Set(Arc::new(Filled { set, ranges })))
 }
 
-fn element(set: &str, key: impl Into<Arc<[u8]>>, data: Data) -> (Part, Content) {
+fn element(set: &str, key: impl Into<ElementKey>, data: Data) -> (Part, Content) {
     (Part::Element(name(set), key.into()), Content::Element(data))
 }
 

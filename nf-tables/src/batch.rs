@@ -24,6 +24,9 @@ use crate::rule::{Chain, Rule};
 use crate::set::{Data, Element, Ranges, Set};
 use crate::wire::{Head, ROOM, Writer};
 
+/// Bytes that an element with two ends of three fields takes, and a little more.
+const ELEMENT: usize = 64;
+
 /// A transaction in the making. `T` says whose an operation is.
 ///
 /// Operations happen in their order: a chain is there before a rule or an element leads to it, a set before a rule looks
@@ -193,6 +196,7 @@ impl<T: Clone> Batch<T> {
     ) {
         self.own(owner);
         let flags = if kind == NFT_MSG_NEWSETELEM { NLM_F_CREATE | NLM_F_EXCL } else { 0 };
+        self.out.reserve(all.size_hint().0 * ELEMENT);
         let mut all = all.peekable();
         while all.peek().is_some() {
             self.say(kind, flags, |out, table, sets| {

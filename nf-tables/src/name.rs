@@ -8,12 +8,18 @@ use std::sync::Arc;
 /// 1 to 128 bytes: a lower-case letter, then lower-case letters, digits, `-` and `_`; and no word of the nft language, so
 /// that what `nft list` prints can be read by `nft -f`. (The kernel takes up to 255 bytes of anything.)
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Name(Arc<str>);
+pub struct Name {
+    /// The first bytes, or all: tells most names apart without a look at the text.
+    head: u64,
+    text: Arc<str>,
+}
 
 impl Ord for Name {
     fn cmp(&self, other: &Self) -> Ordering {
-        // Most names that meet in a sorted map are one.
-        if Arc::ptr_eq(&self.0, &other.0) { Ordering::Equal } else { self.0.cmp(&other.0) }
+        // Most names of one head that meet in a sorted map are one.
+        self.head.cmp(&other.head).then_with(|| {
+            if Arc::ptr_eq(&self.text, &other.text) { Ordering::Equal } else { self.text.cmp(&other.text) }
+        })
     }
 }
 
@@ -31,7 +37,7 @@ pub struct NotAName(pub String);
 
 impl Name {
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
     }
 }
 
@@ -44,13 +50,18 @@ impl FromStr for Name {
         let starts = text.starts_with(|c: char| c.is_ascii_lowercase());
         let fits = (1..=128).contains(&text.len());
         let own = RESERVED.binary_search(&text).is_err();
-        if clean && starts && fits && own { Ok(Self(text.into())) } else { Err(NotAName(text.to_owned())) }
+        if !(clean && starts && fits && own) {
+            return Err(NotAName(text.to_owned()));
+        }
+        let mut head = [0; 8];
+        head.iter_mut().zip(text.bytes()).for_each(|(head, byte)| *head = byte);
+        Ok(Self { head: u64::from_be_bytes(head), text: text.into() })
     }
 }
 
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 

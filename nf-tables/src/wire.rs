@@ -53,8 +53,17 @@ impl Writer {
         }
     }
 
+    /// Room for so many bytes more, so that growing copies nothing.
+    pub(crate) fn reserve(&mut self, more: usize) {
+        self.0.reserve(more);
+    }
+
     pub(crate) fn bytes(&mut self, kind: u16, value: &[u8]) {
-        self.attribute(kind, |out| out.0.extend_from_slice(value));
+        let length = length(ATTRIBUTE + value.len()).to_ne_bytes();
+        let kind = kind.to_ne_bytes();
+        self.0.extend_from_slice(&[length[0], length[1], kind[0], kind[1]]);
+        self.0.extend_from_slice(value);
+        self.pad();
     }
 
     pub(crate) fn byte(&mut self, kind: u16, value: u8) {
@@ -89,11 +98,13 @@ impl Writer {
         let start = self.0.len();
         self.0.extend_from_slice(&[0; ATTRIBUTE]);
         body(self);
-        let length = self.0.len() - start;
-        // Cut short it could be a wider rule.
-        let length = u16::try_from(length).expect("an attribute of nf_tables is at most 64 KiB");
+        let length = length(self.0.len() - start);
         self.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
         self.0[start + 2..start + ATTRIBUTE].copy_from_slice(&kind.to_ne_bytes());
+        self.pad();
+    }
+
+    fn pad(&mut self) {
         self.0.resize(self.0.len().next_multiple_of(4), 0);
     }
 
@@ -109,6 +120,11 @@ impl Writer {
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.0
     }
+}
+
+/// Of an attribute. Cut short it could be a wider rule.
+fn length(bytes: usize) -> u16 {
+    u16::try_from(bytes).expect("an attribute of nf_tables is at most 64 KiB")
 }
 
 /// A netlink message as received, envelope taken off.

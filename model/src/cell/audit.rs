@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::unit::plan;
-use super::{Belief, Cell, Key, Object, Presence, Record, Seen, Unit};
+use super::{Belief, Cell, Key, Object, Presence, Record, Seen};
 use crate::bandwidth::Bandwidth;
 use crate::container::{Container, Handle, Owner};
 
@@ -96,7 +96,7 @@ impl Cell {
                     bandwidth,
                 };
                 self.record(Record::Present(Arc::new(container)));
-                self.replan(Unit::Container(link.handle.clone()));
+                self.replan_container(&link.handle);
                 drift.push(Drift::Adopted(link.handle.clone()));
             }
         }
@@ -105,7 +105,7 @@ impl Cell {
         let lost = present.filter(|(container, _)| gone(container.addr));
         for handle in lost.map(|(container, _)| container.handle.clone()).collect::<Vec<_>>() {
             self.inputs.roster.set_lost(&handle, true);
-            self.replan(Unit::Container(handle.clone()));
+            self.replan_container(&handle);
             drift.push(Drift::Lost(handle));
         }
     }

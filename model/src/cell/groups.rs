@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::Cell;
 use crate::asg::garden::MAX_RULES;
 use crate::asg::group::{SecurityGroup, rules_for};
-use crate::container::{Container, Handle};
+use crate::container::Handle;
 use crate::profile::{Digest, Known, Profile};
 
 /// What the policy server has said, and whom it is about.
@@ -18,9 +18,9 @@ use crate::profile::{Digest, Known, Profile};
 pub(super) struct Groups {
     all: Arc<[SecurityGroup]>,
     spaces: BTreeSet<String>,
-    /// By space, and by the profile that the platform passed: none for a space whose groups are too much for one
+    /// By the profile that the platform passed, and by space: none for a space whose groups are too much for one
     /// container.
-    made: BTreeMap<(String, Digest), Option<Arc<Known>>>,
+    made: BTreeMap<Digest, BTreeMap<String, Option<Arc<Known>>>>,
 }
 
 impl Cell {
@@ -29,28 +29,30 @@ impl Cell {
     pub fn groups(&mut self, told: Option<(Arc<[SecurityGroup]>, BTreeSet<String>)>) -> Vec<Handle> {
         let made = BTreeMap::new();
         self.groups = told.map(|(all, spaces)| Groups { all, spaces, made });
-        let containers: Vec<Arc<Container>> =
-            self.inputs.roster.iter().map(|(container, _)| Arc::clone(container)).collect();
-        containers
-            .iter()
-            .filter(|container| !self.follow_groups(container))
-            .map(|c| c.handle.clone())
-            .collect()
+        let handles = self.inputs.roster.iter().map(|(container, _)| container.handle.clone());
+        let mut handles: Vec<Handle> = handles.collect();
+        handles.retain(|handle| !self.follow_groups(handle));
+        handles
     }
 
     /// Gives a container the profile that its space's groups make. False if they are too many rules.
-    pub(super) fn follow_groups(&mut self, container: &Container) -> bool {
-        let Some(passed) = container.passed.and_then(|digest| self.inputs.roster.profile(digest)).cloned()
-        else {
+    pub(super) fn follow_groups(&mut self, handle: &Handle) -> bool {
+        let roster = &self.inputs.roster;
+        let container = roster.get(handle).map(|(container, _)| container);
+        let Some((container, passed)) = container.and_then(|container| {
+            let passed = roster.profile(container.passed?)?;
+            Some((container, Arc::clone(passed)))
+        }) else {
             return true;
         };
         let space = &container.owner.space_id;
         let known = match &mut self.groups {
             Some(groups) if groups.spaces.contains(space) => {
-                let key = (space.clone(), passed.digest());
-                let made =
-                    groups.made.entry(key).or_insert_with(|| dynamic(&groups.all, space, passed.profile()));
-                match made {
+                let made = groups.made.entry(passed.digest()).or_default();
+                if !made.contains_key(space) {
+                    made.insert(space.clone(), dynamic(&groups.all, space, passed.profile()));
+                }
+                match &made[space] {
                     Some(known) => Arc::clone(known),
                     None => return false,
                 }
@@ -58,7 +60,7 @@ impl Cell {
             _ => passed,
         };
         // It is in the roster; and one that leaves needs nothing.
-        drop(self.assign(&container.handle, known));
+        drop(self.assign(handle, known));
         true
     }
 }

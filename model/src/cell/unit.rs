@@ -11,7 +11,8 @@ use crate::cell::roster::{Presence, Roster};
 use crate::cell::step::{Key, Object, PeerSpec, VtepSpec};
 use crate::container::{Container, Handle};
 use crate::firewall::{
-    Base, Guard, Limit, Planned, app, base, exposed, leased, limit, limits_of, member, profile, settings,
+    Base, Guard, Limit, Planned, app, base, exposed, granted, leased, limit, limits_of, member, profile,
+    settings,
 };
 use crate::lease::Lease;
 use crate::link::LinkSpec;
@@ -126,7 +127,10 @@ pub enum Unit {
     Limit(Limit),
     /// Who may open connections to the containers of this app, if there are any.
     App(AppGuid),
+    /// A container's link, and what leads to it.
     Container(Handle),
+    /// What its profile gives a container.
+    Granted(Handle),
 }
 
 /// Total and pure: a unit whose input is gone plans nothing.
@@ -165,12 +169,7 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
         },
         Unit::Container(handle) => match inputs.roster.get(handle) {
             Some((container, Presence::Present)) => {
-                let known = container.profile.and_then(|digest| inputs.roster.profile(digest));
-                let policies = container.owner.app().and_then(|guid| inputs.policies.get(&guid));
-                let policies = policies.map(|policies| &**policies);
-                let known = known.map(|known| &**known);
-                let mut planned =
-                    firewall(member(container, known, policies, &inputs.config, inputs.log_c2c));
+                let mut planned = firewall(member(container, policies_of(container, inputs)));
                 if inputs.config.ingress == OverlayIngress::Taken {
                     planned.extend(firewall(exposed(container)));
                 }
@@ -181,7 +180,21 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
             }
             _ => Vec::new(),
         },
+        Unit::Granted(handle) => match inputs.roster.get(handle) {
+            Some((container, Presence::Present)) => {
+                let app = policies_of(container, inputs);
+                match container.profile.and_then(|digest| inputs.roster.profile(digest)) {
+                    Some(known) => firewall(granted(container, known, app, &inputs.config, inputs.log_c2c)),
+                    None => Vec::new(),
+                }
+            }
+            _ => Vec::new(),
+        },
     }
+}
+
+fn policies_of<'a>(container: &Container, inputs: &'a Inputs) -> Option<&'a AppPolicies> {
+    inputs.policies.get(&container.owner.app()?).map(|policies| &**policies)
 }
 
 fn firewall(planned: Planned) -> Vec<(Key, Object)> {
@@ -222,7 +235,8 @@ pub fn units(inputs: &Inputs) -> impl Iterator<Item = Unit> {
     let settings: BTreeSet<Digest> = inputs.roster.profiles().map(|known| known.settings_digest()).collect();
     let settings = settings.into_iter().map(Unit::Settings);
     let apps = inputs.policies.keys().cloned().map(Unit::App);
-    let containers = inputs.roster.iter().map(|(container, _)| Unit::Container(container.handle.clone()));
+    let handles = || inputs.roster.iter().map(|(container, _)| container.handle.clone());
+    let containers = handles().map(Unit::Container).chain(handles().map(Unit::Granted));
     [Unit::Base, Unit::Vtep]
         .into_iter()
         .chain(peers)

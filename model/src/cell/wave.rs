@@ -21,6 +21,7 @@ impl Cell {
     pub fn diff(&mut self) -> Step {
         self.expect_peers_to_die_with_the_vtep();
         let mut step = Step::default();
+        step.firewall.changes.reserve(self.touched.len());
         for key in mem::take(&mut self.touched) {
             if self.is_held_back(&key) {
                 self.touched.insert(key);
@@ -85,7 +86,7 @@ impl Cell {
     fn is_met(&self, change: &Change) -> bool {
         let leads_from = match (change.key.part(), change.will.as_ref().and_then(Object::content)) {
             (Some(Part::Element(_, key)), Some(Content::Element(Data::Verdict(_)))) => {
-                <[u8; 4]>::try_from(&**key).ok().map(|addr| OverlayAddr::new(addr.into()))
+                <[u8; 4]>::try_from(&key[..]).ok().map(|addr| OverlayAddr::new(addr.into()))
             }
             _ => None,
         };

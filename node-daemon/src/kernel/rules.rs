@@ -16,7 +16,7 @@ use nf_tables::decode::{self, Body, Found, Message, Object as There, Place, Refu
 use nf_tables::{Chain, Data, Name, Ranges, Set, request};
 use nix::libc::{EAGAIN, ECANCELED, EINTR, ENOENT, ERESTART};
 use weft_model::cell::{Belief, Change, Firewall, Key, Object, Seen};
-use weft_model::firewall::{Content, Filled, Limit, Lines, Part, TABLE};
+use weft_model::firewall::{Content, ElementKey, Filled, Limit, Lines, Part, TABLE};
 use weft_model::reason::Reason;
 use weft_model::traffic::Totals;
 
@@ -318,7 +318,8 @@ fn see_set(name: &Name, set: Set, elements: Vec<There>, seen: &mut Seen) -> Beli
                     ranges.insert((key, end));
                 }
                 Ok(Found { key, end: None, data, .. }) if !set.ranges => {
-                    let part = Part::Element(name.clone(), key.into());
+                    let Some(key) = ElementKey::new(&key) else { return Belief::Unknown };
+                    let part = Part::Element(name.clone(), key);
                     seen.insert(Key::Firewall(part), holds(Content::Element(data)));
                 }
                 _ => return Belief::Unknown,
