@@ -103,6 +103,8 @@ struct Running<K> {
     /// The next walk, unless addresses run short.
     forget_at: Instant,
     forgetting_fails: bool,
+    /// Why the journal lacks something.
+    unwritten: Option<Reason>,
     /// Containers' ends are being told of another MTU.
     fitting: bool,
     /// Those that cannot be.
@@ -133,6 +135,7 @@ impl<K: Kernel> Task<K> {
             forgetting: false,
             forget_at: Instant::now(),
             forgetting_fails: false,
+            unwritten: None,
             fitting: false,
             unfit: BTreeSet::new(),
             roster_changed: true,
@@ -259,17 +262,16 @@ impl<K: Kernel> Running<K> {
         for request in requests {
             self.edit(request, &mut asked, &mut namespaces).await;
         }
-        if let Err(error) = self.write_journal() {
+        self.write_journal();
+        if let Some(why) = self.unwritten.clone() {
             // Nothing that is not in the journal may be laid: an unknown container would lose its address.
-            asked = self.refuse_adds(asked, &error);
+            asked = self.refuse_adds(asked, &why);
         }
         if std::mem::take(&mut self.table_touched) {
             self.look(Scope::Firewall).await;
         }
         let failed = self.carry_out(&asked, &namespaces).await;
-        if let Err(error) = self.write_journal() {
-            debug!(error = %chain(&error), "journal not written");
-        }
+        self.write_journal();
         for asked in asked {
             self.answer(asked, &failed);
         }
@@ -353,12 +355,12 @@ impl<K: Kernel> Running<K> {
                 asked.push(self.delete(stale, reply));
             }
             Request::Ready { reply } => {
-                drop(reply.send(self.task.cell.ready().map_err(|reason| self.explained(reason))));
+                drop(reply.send(self.ready()));
             }
             Request::Check(check) => self.check(check).await,
             Request::Explain { question, reply } => drop(reply.send(self.explain(question).await)),
             Request::Status { reply } => {
-                let ready = self.task.cell.ready().map_err(|reason| self.explained(reason));
+                let ready = self.ready();
                 let known = self.task.policies.as_ref().map(|policies| policies.known.borrow());
                 let (cell, overlay) = (&self.task.cell, self.task.overlay.borrow());
                 drop(reply.send(Ok(status(cell, &overlay, known.as_deref(), ready.err()))));
@@ -393,18 +395,13 @@ impl<K: Kernel> Running<K> {
         }
     }
 
-    fn refuse_adds(&mut self, asked: Vec<Asked>, error: &crate::journal::JournalError) -> Vec<Asked> {
-        error!(error = %chain(error), "journal not written; no container is added until it can be");
+    fn refuse_adds(&mut self, asked: Vec<Asked>, why: &Reason) -> Vec<Asked> {
         let mut kept = Vec::new();
         for asked in asked {
             match asked {
                 Asked::Add { container, reply, .. } => {
                     self.task.cell.drop(&container.handle);
-                    drop(reply.send(Err(Reason::File {
-                        operation: "write".into(),
-                        path: "the journal of containers".into(),
-                        why: chain(error),
-                    })));
+                    drop(reply.send(Err(why.clone())));
                 }
                 other @ (Asked::Delete { .. } | Asked::LogC2c { .. }) => kept.push(other),
             }
@@ -412,10 +409,28 @@ impl<K: Kernel> Running<K> {
         kept
     }
 
-    fn write_journal(&mut self) -> Result<(), crate::journal::JournalError> {
+    /// What is not written now is with the next wave that can.
+    fn write_journal(&mut self) {
         let records = self.task.cell.take_records();
         self.roster_changed |= !records.is_empty();
-        self.task.journal.append(&records, || self.task.cell.roster().records().collect())
+        let written = self.task.journal.append(&records, || self.task.cell.roster().records().collect());
+        let why = written.err().map(|error| Reason::File {
+            operation: "write".into(),
+            path: "the journal of containers".into(),
+            why: chain(&error),
+        });
+        match (&self.unwritten, &why) {
+            (None, Some(why)) => error!(%why, "no container is added until the journal can be written"),
+            (Some(_), None) => info!("journal written again; containers are added"),
+            _ => {}
+        }
+        self.unwritten = why;
+    }
+
+    /// Whether a container can be added.
+    fn ready(&self) -> Result<(), Reason> {
+        self.task.cell.ready().map_err(|reason| self.explained(reason))?;
+        self.unwritten.clone().map_or(Ok(()), Err)
     }
 
     async fn apply(&mut self, step: &Step, namespaces: &Namespaces) -> Outcome {

@@ -4,12 +4,16 @@
 //! order. Written before the kernel hears of a change, without fsync: after a crash of the daemon the page cache is
 //! still there, and after a crash of the machine its links are not. A torn last line is the record that nobody acted
 //! on yet.
+//!
+//! What cannot be written (a full disk) leaves no half of itself, and all is written anew as soon as it can be. A container
+//! that was deleted meanwhile is there again for a daemon that starts then, without its link: it goes with its namespace.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tracing::debug;
 use weft_model::cell::Record;
 
 /// The file is written anew when it has grown by so many lines beyond what it would need.
@@ -48,13 +52,16 @@ struct Header {
 pub struct Journal {
     path: PathBuf,
     boot_id: String,
-    /// None after a failed write: the file may end in half a line, so it is written anew before anything is added.
+    /// None after a failed write: something is missing in the file, so it is written anew before anything is added.
     file: Option<File>,
+    /// Bytes of what has been written whole.
+    length: u64,
     lines: usize,
 }
 
 impl Journal {
-    /// Opens the journal in `directory` and gives what it holds of this boot; of another boot, nothing.
+    /// Opens the journal in `directory` and gives what it holds of this boot; of another boot, nothing. That it cannot be
+    /// written, the first [`Journal::append`] says: until there is something to add, nothing is lost.
     pub fn open(directory: &Path, boot_id: &str) -> Result<(Self, Vec<Record>), JournalError> {
         fs::create_dir_all(directory)
             .map_err(|source| JournalError::Directory { path: directory.to_owned(), source })?;
@@ -65,28 +72,34 @@ impl Journal {
             Err(source) => return Err(JournalError::Read { path, source }),
         };
         let records = records(&path, &text, boot_id)?;
-        let mut journal = Self { path, boot_id: boot_id.to_owned(), file: None, lines: 0 };
-        journal.rewrite(&records)?;
+        let mut journal = Self { path, boot_id: boot_id.to_owned(), file: None, length: 0, lines: 0 };
+        if let Err(error) = journal.rewrite(&records) {
+            debug!(%error, "started with a journal that cannot be written yet");
+        }
         Ok((journal, records))
     }
 
-    /// Adds records. `all` gives the shortest journal of the whole roster, for when the file must be written anew.
+    /// Adds records, and what is missing since a write failed. `all` gives the shortest journal of the whole roster, for when
+    /// the file must be written anew.
     pub fn append(
         &mut self,
         records: &[Record],
         all: impl FnOnce() -> Vec<Record>,
     ) -> Result<(), JournalError> {
-        if records.is_empty() {
+        if records.is_empty() && self.file.is_some() {
             return Ok(());
         }
-        let Some(file) = self.file.as_mut().filter(|_| self.lines < SLACK) else {
+        let Some(mut file) = self.file.take().filter(|_| self.lines < SLACK) else {
             return self.rewrite(&all());
         };
         let text = lines(records);
         if let Err(source) = file.write_all(text.as_bytes()) {
-            self.file = None;
+            // A daemon that starts now must not find what nobody acted on. Where not even this is possible, it does.
+            let _cut = file.set_len(self.length);
             return Err(JournalError::Write { path: self.path.clone(), source });
         }
+        self.file = Some(file);
+        self.length += text.len() as u64;
         self.lines += records.len();
         Ok(())
     }
@@ -96,10 +109,16 @@ impl Journal {
         let header = serde_json::to_string(&Header { boot_id: self.boot_id.clone() })
             .map_err(|why| failed(why.into()))?;
         let next = self.path.with_extension("jsonl.next");
-        fs::write(&next, format!("{header}\n{}", lines(records))).map_err(failed)?;
-        fs::rename(&next, &self.path).map_err(failed)?;
+        let text = format!("{header}\n{}", lines(records));
+        let written = fs::write(&next, &text).and_then(|()| fs::rename(&next, &self.path));
+        if let Err(source) = written {
+            // Half of it would take the room that it lacks.
+            let _removed = fs::remove_file(&next);
+            return Err(failed(source));
+        }
         let file = OpenOptions::new().append(true).open(&self.path).map_err(failed)?;
         self.file = Some(file);
+        self.length = text.len() as u64;
         self.lines = 0;
         Ok(())
     }

@@ -5,6 +5,8 @@
 
 #[path = "cell/calls.rs"]
 mod calls;
+#[path = "cell/disk.rs"]
+mod disk;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -12,13 +14,14 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use prometheus_client::registry::Registry;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use weft_model::address::{DeviceName, UnderlayAddr};
 use weft_model::cell::{Cell, Key, Outcome, Scope, Seen, Step, UnderlayDevice};
 use weft_model::firewall::Guard;
@@ -38,19 +41,26 @@ use weft_node::metrics::Metrics;
 use weft_node::overlay::Overlay;
 
 /// The real kernel, but for one change: counted over all steps, the one with this number is not carried out. And the part
-/// of the firewall that is the one of a number when it is first met is refused from then on.
+/// of the firewall that is the one of a number when it is first met is refused from then on. And it may take its time.
 struct Failing {
     kernel: Netlink,
     changes: Arc<AtomicUsize>,
     fails: Arc<AtomicUsize>,
     refuses: Arc<AtomicUsize>,
     refused: Option<Key>,
+    late: Arc<AtomicBool>,
 }
+
+/// Longer than callers wait for a kernel that is late.
+const LATE: Duration = Duration::from_millis(200);
 
 const NEVER: usize = usize::MAX;
 
 impl Kernel for Failing {
     async fn apply(&mut self, step: &Step, namespaces: &Namespaces) -> Outcome {
+        if self.late.load(Ordering::Relaxed) {
+            tokio::time::sleep(LATE).await;
+        }
         let (mut rest, mut failed) = (step.clone(), None);
         for list in [&mut rest.lay, &mut rest.remove] {
             list.retain(|change| {
@@ -110,9 +120,11 @@ struct World {
     guard: watch::Sender<Guard>,
     touched: mpsc::UnboundedSender<()>,
     events: mpsc::UnboundedSender<Event>,
+    task: JoinHandle<()>,
     changes: Arc<AtomicUsize>,
     fails: Arc<AtomicUsize>,
     refuses: Arc<AtomicUsize>,
+    late: Arc<AtomicBool>,
     directory: TempDir,
 }
 
@@ -133,27 +145,36 @@ fn links() -> usize {
 
 impl World {
     async fn start(lease: Option<Lease>) -> Self {
+        Self::start_in(lease, tempfile::tempdir().unwrap()).await
+    }
+
+    async fn start_in(lease: Option<Lease>, directory: TempDir) -> Self {
         ip("link set lo up");
         ip("link add eth0 mtu 1500 type veth peer name uplink");
         ip("addr add 10.0.0.100/24 dev eth0");
         ip("link set eth0 up");
         ip("link set uplink up");
+        Self::run(lease, directory).await
+    }
+
+    /// From what the journal in `directory` and the kernel hold.
+    async fn run(lease: Option<Lease>, directory: TempDir) -> Self {
         let (changes, fails) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(NEVER)));
         let kernel = Netlink::open("silk-vtep".parse().unwrap()).unwrap();
-        let refuses = Arc::new(AtomicUsize::new(NEVER));
+        let (refuses, late) = (Arc::new(AtomicUsize::new(NEVER)), Arc::new(AtomicBool::new(false)));
         let kernel = Failing {
             kernel,
             changes: Arc::clone(&changes),
             fails: Arc::clone(&fails),
             refuses: Arc::clone(&refuses),
             refused: None,
+            late: Arc::clone(&late),
         };
         let holder = Holder { cell_id: "cell".into(), boot_id: "boot".into() };
         let who = lease::Cell { underlay: walk::underlay(100), holder, wants: SubnetKind::Block };
         let mut overlay = Overlay::new(Instant::now(), Keeper::start(who, None).view());
         overlay.table = lease.map(|lease| (lease, Peers::new()));
         let (overlay, leases) = watch::channel(overlay);
-        let directory = tempfile::tempdir().unwrap();
         let (journal, records) = Journal::open(directory.path(), "boot").unwrap();
         let (inbox, waiting) = inbox();
         let (guard, guarded) = watch::channel(Guard::Ours);
@@ -182,8 +203,15 @@ impl World {
         let happened = futures::stream::unfold(happened, async |mut happened| {
             happened.recv().await.map(|event| (event, happened))
         });
-        tokio::spawn(started.run(happened, touches));
-        Self { inbox, overlay, guard, touched, events, changes, fails, refuses, directory }
+        let task = tokio::spawn(started.run(happened, touches));
+        Self { inbox, overlay, guard, touched, events, task, changes, fails, refuses, late, directory }
+    }
+
+    /// As if the daemon were killed and started again.
+    async fn restart(self, lease: Option<Lease>) -> Self {
+        self.task.abort();
+        drop(self.task.await);
+        Self::run(lease, self.directory).await
     }
 
     async fn add(&self, n: u8, namespace: OwnedFd) -> Result<std::net::Ipv4Addr, Reason> {
@@ -398,6 +426,28 @@ fn a_caller_that_has_gone_leaves_nothing() {
     });
 }
 
+/// Who waits no longer than a call may take is told so by its own side, and has nothing to take back.
+#[test]
+fn what_the_kernel_does_too_late_is_taken_back_or_done_without_the_caller() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let kept = namespace();
+        for _ in 0..3 {
+            world.late.store(true, Ordering::Relaxed);
+            let call = world.add(3, kept.try_clone().unwrap());
+            tokio::time::timeout(LATE / 4, call).await.unwrap_err();
+            world.late.store(false, Ordering::Relaxed);
+            world.empty().await;
+            world.add(3, kept.try_clone().unwrap()).await.unwrap();
+            world.late.store(true, Ordering::Relaxed);
+            tokio::time::timeout(LATE / 4, world.delete(3)).await.unwrap_err();
+            world.late.store(false, Ordering::Relaxed);
+            world.empty().await;
+            world.delete(3).await.unwrap();
+        }
+    });
+}
+
 #[test]
 fn five_containers_fill_a_small_subnet_and_twenty_at_once_share_waves() {
     within(async || {
@@ -430,33 +480,6 @@ fn without_a_lease_or_fenced_nothing_is_added_and_what_is_there_stays() {
         assert_eq!(links(), 1);
         world.overlay.send_modify(|overlay| overlay.fenced = None);
         world.add(2, namespace()).await.unwrap();
-    });
-}
-
-/// Nothing is laid that the journal does not hold.
-#[test]
-fn without_a_journal_nothing_is_added() {
-    within(async || {
-        let lease = Lease::new(walk::underlay(100), "10.255.1.0/24".parse().unwrap());
-        let world = World::start(Some(lease)).await;
-        // Enough records that the file is written anew, which its directory no longer allows.
-        let path = world.directory.path().to_owned();
-        let next = path.join("containers.jsonl.next");
-        std::fs::create_dir(&next).unwrap();
-        let mut refused = None;
-        for _ in 0..2_000 {
-            match world.add(1, namespace()).await {
-                Ok(_) => world.delete(1).await.unwrap(),
-                Err(reason) => {
-                    refused = Some(reason);
-                    break;
-                }
-            }
-        }
-        assert!(matches!(refused, Some(Reason::File { .. })), "{refused:?}");
-        assert_eq!(links(), 0);
-        std::fs::remove_dir(&next).unwrap();
-        world.add(1, namespace()).await.unwrap();
     });
 }
 
