@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tokio::net::UnixListener;
 use tonic::{Request, Response, Status};
@@ -35,6 +36,12 @@ use admit::Peer;
 
 /// Bytes of a request: a list of rules, and room for all else.
 const MAX_REQUEST: usize = garden::MAX_BYTES + (1 << 20);
+
+/// Calls at a time on one connection: a client has one, and a flood of them takes no more memory than its connections do.
+const STREAMS: u32 = 2;
+/// A connection whose client says nothing for so long is asked whether it is there, and ended if it is silent for as long
+/// again: a client that waits for a call's answer says so, and one that is stopped holds its place no longer.
+const SILENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
@@ -109,7 +116,11 @@ impl Socket {
         let api = Api { calls, own_namespace: self.own_namespace, profiles: Profiles::default() };
         let service = ContainersServer::new(api).max_decoding_message_size(MAX_REQUEST);
         let incoming = admit::connections(self.listener);
-        let server = tonic::transport::Server::builder().add_service(service);
+        let server = tonic::transport::Server::builder()
+            .max_concurrent_streams(Some(STREAMS))
+            .http2_keepalive_interval(Some(SILENCE))
+            .http2_keepalive_timeout(Some(SILENCE))
+            .add_service(service);
         server.serve_with_incoming_shutdown(incoming, shutdown).await.map_err(ApiError::Serve)
     }
 }

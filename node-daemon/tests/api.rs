@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
 use std::fs::{self, File, Permissions};
-use std::io::{IoSlice, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -233,18 +233,45 @@ async fn more_than_one_descriptor_or_another_first_byte_ends_the_connection() {
     assert_eq!(world.calls(), 0);
 }
 
-/// Those that connect and say nothing are let go, and hold nobody up meanwhile.
+/// Those that connect and say nothing, or break off, are let go, and hold nobody up meanwhile.
 #[tokio::test]
 async fn the_silent_delay_nobody() {
     let world = World::new();
-    let silent: Vec<_> = (0..50).map(|_| StdUnixStream::connect(world.path()).unwrap()).collect();
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let silent = |n: usize| {
+        let mut stream = StdUnixStream::connect(world.path()).unwrap();
+        stream.write_all(&preface[..n]).unwrap();
+        stream
+    };
+    let silent: Vec<_> = (0..=preface.len()).chain([0; 30]).map(silent).collect();
     let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
     assert_eq!(answer.into_inner().version, "test");
     for mut stream in silent {
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let ended = tokio::task::spawn_blocking(move || stream.read(&mut [0]));
-        assert_eq!(ended.await.unwrap().unwrap(), 0);
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        // A server of HTTP/2 greets who has said the whole preface.
+        let ended = tokio::task::spawn_blocking(move || stream.read_to_end(&mut Vec::new())).await.unwrap();
+        // What was not read of it makes its end a reset.
+        assert!(
+            ended.as_ref().map_or_else(|end| end.kind() == ErrorKind::ConnectionReset, |_| true),
+            "{ended:?}"
+        );
     }
+}
+
+/// All places are taken by clients that have stopped in the middle: they become free, and a call that waits is answered.
+#[tokio::test]
+async fn a_flood_of_clients_that_stop_ends_and_a_call_behind_it_is_answered() {
+    let world = World::new();
+    let stopped: Vec<_> = (0..600)
+        .map(|_| {
+            let mut stream = StdUnixStream::connect(world.path()).unwrap();
+            stream.write_all(b"PRI * HT").unwrap();
+            stream
+        })
+        .collect();
+    let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
+    assert_eq!(answer.into_inner().version, "test");
+    drop(stopped);
 }
 
 #[tokio::test]

@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test fails, in its helpers too")]
 
-use std::process::Output;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -273,4 +275,57 @@ fn a_second_interface_is_refused_and_its_deletion_leaves_the_first() {
     cell.check(&container).unwrap();
     restart(cell);
     cell.check(&container).unwrap();
+}
+
+/// Starts the plugin and kills it after so long, wherever it is then.
+fn kill_plugin(cell: &Cell, verb: &str, handle: &str, input: &Value, after: Duration) {
+    let mut command = Command::new(cell.plugin_dir().join("weft-cni"));
+    command.env_clear().envs(cell.environment(verb, handle));
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = cell.place.enter(|| command.spawn()).unwrap().unwrap();
+    child.stdin.take().unwrap().write_all(input.to_string().as_bytes()).unwrap();
+    thread::sleep(after);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// As when a runtime is killed, or gives a plugin up: an ADD whose caller has gone is taken back, or is there as a whole and
+/// goes with its namespace, though nobody deletes it; and a DEL can be asked for again.
+#[test]
+fn plugins_killed_at_any_moment_leave_nothing() {
+    let lab = lab("killed");
+    let cell = &lab.cells[0];
+    let free = cell.status().unwrap()["free_addresses"].clone();
+    let moments = (0..40).map(|n| (format!("killed-{n}"), Duration::from_micros(200 * n)));
+    for (handle, after) in moments.clone() {
+        cell.create_namespace(&handle).unwrap();
+        kill_plugin(cell, "ADD", &handle, &cell.add_input(&Request::app(&handle)).unwrap(), after);
+    }
+    println!("{} of 40 containers are there", handles(cell).len());
+    for (handle, after) in moments {
+        kill_plugin(cell, "DEL", &handle, &cell.del_input().unwrap(), after);
+    }
+    println!("{} of 40 containers are there after their DELs were killed", handles(cell).len());
+    for handle in handles(cell) {
+        cell.del(&handle).unwrap();
+    }
+    wait_for("nothing is there", || {
+        (links(cell), handles(cell).len()) == (0, 0) && cell.status().unwrap()["free_addresses"] == free
+    });
+    for n in 0..40 {
+        cell.remove_namespace(&format!("killed-{n}")).unwrap();
+    }
+    // Without any DEL, even where the answer had been on its way.
+    for n in 0..40 {
+        let handle = format!("alone-{n}");
+        cell.create_namespace(&handle).unwrap();
+        let input = cell.add_input(&Request::app(&handle)).unwrap();
+        kill_plugin(cell, "ADD", &handle, &input, Duration::from_micros(200 * n));
+        cell.remove_namespace(&handle).unwrap();
+    }
+    wait_for("nothing is there, without a DEL", || {
+        (links(cell), handles(cell).len()) == (0, 0) && cell.status().unwrap()["free_addresses"] == free
+    });
+    cell.add(&Request::app("next")).unwrap();
+    assert_eq!(lab.complaints(&["caller of ADD has gone", "container not added"]), Vec::<String>::new());
 }

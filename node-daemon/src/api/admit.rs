@@ -1,7 +1,7 @@
 //! Who may talk to the daemon, and what a connection brings along.
 //!
 //! The first byte of a connection decides: `P` opens an HTTP/2 preface, and nothing is taken; 0x01 carries exactly
-//! one descriptor by SCM_RIGHTS, and the preface follows. Anything else, or nothing within [`ADMISSION`], is refused.
+//! one descriptor by SCM_RIGHTS, and the preface follows. Anything else, or less than that within [`ADMISSION`], is refused.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -19,8 +19,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
-/// From accept to the first byte.
+/// From accept to the end of the preface.
 const ADMISSION: Duration = Duration::from_secs(2);
+/// What every client of HTTP/2 sends first (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Before it, where a descriptor comes along.
+const DESCRIPTOR: u8 = 1;
 /// Connections at a time; the next ones wait in the socket's backlog.
 const CONNECTIONS: usize = 512;
 
@@ -49,11 +53,11 @@ enum Refused {
     Uid(u32),
     #[error("nothing was sent in time")]
     Silent,
-    #[error("the first byte is {0:#04x}")]
-    FirstByte(u8),
+    #[error("it begins neither with a descriptor nor with HTTP/2: {0:02x?}")]
+    Foreign(Vec<u8>),
     #[error("{0} descriptors came with the first byte instead of one")]
     Descriptors(usize),
-    #[error("read the first byte")]
+    #[error("read what it begins with")]
     Read(#[source] io::Error),
 }
 
@@ -95,22 +99,36 @@ async fn admit(stream: UnixStream, place: OwnedSemaphorePermit) -> Result<Admitt
     if uid != 0 && uid != rustix::process::geteuid().as_raw() {
         return Err(Refused::Uid(uid));
     }
-    let first = tokio::time::timeout(ADMISSION, first_byte(&stream)).await;
-    let namespace = match first.map_err(|_| Refused::Silent)?? {
-        b'P' => None,
-        1 => Some(descriptor(&stream)?),
-        other => return Err(Refused::FirstByte(other)),
-    };
+    let begins = tokio::time::timeout(ADMISSION, begins(&stream)).await;
+    let namespace = begins.map_err(|_| Refused::Silent)??;
     Ok(Admitted { stream, peer: Peer(Arc::new(Mutex::new(namespace))), _place: place })
 }
 
-async fn first_byte(stream: &UnixStream) -> Result<u8, Refused> {
-    let mut byte = [0];
-    let peek = || Ok(recv(stream, &mut byte, RecvFlags::PEEK)?.0);
-    match stream.async_io(Interest::READABLE, peek).await.map_err(Refused::Read)? {
-        0 => Err(Refused::Silent),
-        _ => Ok(byte[0]),
+/// Waits for the whole preface, which stays; takes the descriptor that comes before it, if one does.
+async fn begins(stream: &UnixStream) -> Result<Option<OwnedFd>, Refused> {
+    let namespace = match peek::<1>(stream).await? {
+        [DESCRIPTOR] => Some(descriptor(stream)?),
+        _ => None,
+    };
+    // What is foreign is told by its first byte, so that nobody waits for more of it.
+    let [first] = peek(stream).await?;
+    if first != PREFACE[0] {
+        return Err(Refused::Foreign(vec![first]));
     }
+    let preface: [u8; PREFACE.len()] = peek(stream).await?;
+    if preface != PREFACE { Err(Refused::Foreign(preface.to_vec())) } else { Ok(namespace) }
+}
+
+/// The next bytes, which stay.
+async fn peek<const LENGTH: usize>(stream: &UnixStream) -> Result<[u8; LENGTH], Refused> {
+    let mut bytes = [0; LENGTH];
+    let peek = || match recv(stream, &mut bytes, RecvFlags::PEEK)?.0 {
+        0 => Ok(None),
+        seen if seen < LENGTH => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Ok(Some(())),
+    };
+    let seen = stream.async_io(Interest::READABLE, peek).await.map_err(Refused::Read)?;
+    seen.map(|()| bytes).ok_or(Refused::Silent)
 }
 
 /// Takes the first byte and what came with it. Descriptors beyond one are closed.
