@@ -11,7 +11,7 @@ mod policies;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::{FutureExt, Stream, StreamExt};
@@ -29,8 +29,9 @@ use weft_model::reason::Reason;
 use crate::flow_log::Directory;
 use crate::inbox::{Inbox, Reply, Request, Waiting};
 use crate::journal::Journal;
+use crate::kernel::conntrack::Connections;
 use crate::kernel::events::Event;
-use crate::kernel::{Kernel, KernelError, Namespaces, conntrack};
+use crate::kernel::{Kernel, KernelError, Namespaces};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
 use crate::policy_server::{Applied, Known};
@@ -47,8 +48,8 @@ const QUIET: Duration = Duration::from_secs(1);
 const LATEST: Duration = Duration::from_secs(10);
 /// How often what failed is tried again.
 const RETRY: Duration = Duration::from_secs(2);
-/// To forget connections their whole table is read, by a socket whose end holds up transactions of nf_tables for 10 to 30 ms,
-/// and so calls. So those of all that was deleted within so long are forgotten in one walk, unless addresses run short.
+/// To forget connections their whole table is read. So those of all that was deleted within so long are forgotten in one walk,
+/// unless addresses run short.
 const TOGETHER: Duration = Duration::from_secs(1);
 /// Fewer free addresses than this are short.
 const SPARE: usize = 64;
@@ -100,6 +101,7 @@ struct Running<K> {
     /// Somebody else changed the firewall's table.
     table_touched: bool,
     forgetting: bool,
+    connections: Arc<Mutex<Connections>>,
     /// The next walk, unless addresses run short.
     forget_at: Instant,
     forgetting_fails: bool,
@@ -133,6 +135,7 @@ impl<K: Kernel> Task<K> {
             underlay_missing: false,
             table_touched: false,
             forgetting: false,
+            connections: Arc::default(),
             forget_at: Instant::now(),
             forgetting_fails: false,
             unwritten: None,
@@ -492,10 +495,11 @@ impl<K: Kernel> Running<K> {
         let resting = roster.resting().clone();
         self.forgetting = true;
         self.forget_at = Instant::now() + TOGETHER;
-        let inbox = self.task.inbox.clone();
+        let (inbox, connections) = (self.task.inbox.clone(), Arc::clone(&self.connections));
         tokio::spawn(async move {
             let addrs = resting.clone();
-            let told = match spawn_blocking(move || conntrack::forget(&addrs)).await {
+            let forget = move || connections.lock().unwrap_or_else(PoisonError::into_inner).forget(&addrs);
+            let told = match spawn_blocking(forget).await {
                 Ok(Ok(_)) => Request::Forgotten(resting),
                 Ok(Err(error)) => Request::NotForgotten(error.reason()),
                 Err(panic) => Request::NotForgotten(Reason::Bug { invariant: panic.to_string() }),

@@ -1,4 +1,6 @@
 //! Connections of addresses that are given out anew: the next container must not inherit them.
+//!
+//! Owns a socket that stays open: when one of netfilter's closes, changes of the firewall wait for 10 to 30 ms.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,31 +17,42 @@ use weft_model::address::OverlayAddr;
 use super::KernelError;
 use super::socket::NetlinkSocket;
 
-/// Deletes all connections that one of these addresses began, or that were made to it (also through a mapped port:
-/// then it is the source of the replies). In the network namespace of the calling thread, which it blocks while it
-/// reads the whole table. Returns how many there were.
-pub fn forget(addrs: &BTreeSet<OverlayAddr>) -> Result<usize, KernelError> {
-    let refused = |operation| {
-        move |source| KernelError::Refused {
-            operation,
-            subject: "connections of former containers".into(),
-            source,
+/// Of the network namespace of the thread that asks first.
+#[derive(Debug, Default)]
+pub struct Connections(Option<NetlinkSocket<NetfilterMessage>>);
+
+impl Connections {
+    /// Deletes all connections that one of these addresses began, or that were made to it (also through a mapped port:
+    /// then it is the source of the replies). Blocks the calling thread while it reads the whole table. Returns how many
+    /// there were.
+    pub fn forget(&mut self, addrs: &BTreeSet<OverlayAddr>) -> Result<usize, KernelError> {
+        let refused = |operation| {
+            move |source| KernelError::Refused {
+                operation,
+                subject: "connections of former containers".into(),
+                source,
+            }
+        };
+        // After an error another one is opened: what this one was asked last may not be answered yet.
+        let mut socket = match self.0.take() {
+            Some(socket) => socket,
+            None => NetlinkSocket::open(NETLINK_NETFILTER, 0).map_err(refused("open a socket for"))?,
+        };
+        // The kernel can select by itself only from 6.12 on.
+        let table = socket.dump(|| message(ConntrackMessage::Get(Vec::new()))).map_err(refused("read"))?;
+        let deletions: Vec<_> = table.into_iter().filter_map(|entry| deletion(entry, addrs)).collect();
+        let outcomes = socket.batch(deletions).map_err(refused("delete"))?;
+        let mut forgotten = 0;
+        for outcome in outcomes {
+            match outcome {
+                Ok(()) => forgotten += 1,
+                Err(refusal) if refusal.errno == ENOENT => {} // it ended by itself
+                Err(refusal) => return Err(refused("delete")(io::Error::from(refusal))),
+            }
         }
-    };
-    let mut socket = NetlinkSocket::open(NETLINK_NETFILTER, 0).map_err(refused("open a socket for"))?;
-    // The kernel can select by itself only from 6.12 on.
-    let table = socket.dump(|| message(ConntrackMessage::Get(Vec::new()))).map_err(refused("read"))?;
-    let deletions: Vec<_> = table.into_iter().filter_map(|entry| deletion(entry, addrs)).collect();
-    let outcomes = socket.batch(deletions).map_err(refused("delete"))?;
-    let mut forgotten = 0;
-    for outcome in outcomes {
-        match outcome {
-            Ok(()) => forgotten += 1,
-            Err(refusal) if refusal.errno == ENOENT => {} // it ended by itself
-            Err(refusal) => return Err(refused("delete")(io::Error::from(refusal))),
-        }
+        self.0 = Some(socket);
+        Ok(forgotten)
     }
-    Ok(forgotten)
 }
 
 fn deletion(entry: NetfilterMessage, addrs: &BTreeSet<OverlayAddr>) -> Option<(NetfilterMessage, u16)> {

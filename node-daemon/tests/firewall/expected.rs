@@ -13,7 +13,8 @@ use weft_model::cell::{Belief, Cell, Key, Record, Scope};
 use weft_model::firewall::explain::{Probe, Route, Verdict, explain};
 use weft_model::firewall::program;
 use weft_model::profile::{Transport, Workload};
-use weft_node::kernel::{Kernel, conntrack};
+use weft_node::kernel::Kernel;
+use weft_node::kernel::conntrack::Connections;
 use weft_node::policy_server::Known;
 
 use crate::attempt::{Attempt, Became};
@@ -132,7 +133,7 @@ impl Play {
         let program = program(cell.wanted().iter().filter_map(part));
         let addrs = self.containers.values().map(|(_, container, _)| container.addr).collect();
         // A port that is used again would be taken for one more packet of a connection.
-        self.world.site.space.enter(|| conntrack::forget(&addrs)).expect("forgotten");
+        self.world.site.space.enter(|| Connections::default().forget(&addrs)).expect("forgotten");
         for (n, (instance, ..)) in &self.containers {
             let others = self.containers.iter().filter(|(other, _)| *other != n);
             let near = others.flat_map(|(other, (server, ..))| {

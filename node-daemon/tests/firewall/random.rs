@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use weft_model::asg::{AddrRange, EgressRule, Traffic};
 use weft_model::firewall::explain::{Explanation, Probe, Route, Verdict, explain};
 use weft_model::profile::{HostService, Profile, Transport, Workload};
-use weft_node::kernel::conntrack;
+use weft_node::kernel::conntrack::Connections;
 
 use crate::cast::ports;
 use crate::packet::Packet;
@@ -178,7 +178,7 @@ impl Trial {
         self.world.site.remove(&instance).await;
         // So that addresses come back, and none of their connections with them.
         let resting = self.world.site.cell.roster().resting().clone();
-        self.world.site.space.enter(|| conntrack::forget(&resting)).expect("forgotten");
+        self.world.site.space.enter(|| Connections::default().forget(&resting)).expect("forgotten");
         self.world.site.cell.forgotten(&resting);
         prop_assert!(wrong.is_empty(), "{:#?}", wrong);
         Ok(())

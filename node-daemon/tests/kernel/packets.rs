@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use weft_model::cell::Object;
-use weft_node::kernel::conntrack;
+use weft_node::kernel::conntrack::Connections;
 
 use crate::world::{Cell, Space, addr};
 
@@ -130,9 +130,10 @@ async fn connections_of_an_address_are_forgotten() {
 
     let count = |what: &str| cell.space.run(&format!("conntrack -L 2>/dev/null | grep -c '{what}' || true"));
     assert_ne!(count("=10.255.66.3").trim(), "0", "{}", cell.space.run("conntrack -L"));
-    let forget = |text: &str| {
+    let mut connections = Connections::default();
+    let mut forget = |text: &str| {
         let addrs = BTreeSet::from([addr(text)]);
-        cell.space.enter(move || conntrack::forget(&addrs).expect("forgotten"))
+        cell.space.enter(|| connections.forget(&addrs).expect("forgotten"))
     };
     assert_eq!(forget("10.255.66.3"), 2, "the one to it, and the one by the mapped port");
     assert_eq!(count("=10.255.66.3").trim(), "0");
