@@ -2,10 +2,16 @@
 //! their parts cost alone. Plugins are spawned directly from threads that are in the cell already, so the
 //! driver adds nothing but the spawn. docs/benchmarks.md says what each figure means.
 
+#[path = "../common/mod.rs"]
+#[expect(
+    dead_code,
+    reason = "what the benches of the firewall's changes have in common is more than one of them needs"
+)]
+mod common;
+mod idle;
 mod lists;
-#[path = "../common/machine.rs"]
-mod machine;
 mod parts;
+mod transactions;
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -16,8 +22,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use common::machine::{Machine, exit, progress};
 use lists::List;
-use machine::{Machine, exit, progress};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use serde::Serialize;
@@ -27,6 +33,7 @@ use weft_testbed::{Lab, Options, interrupt};
 
 const WARM_UPS: usize = 3;
 const PARALLEL: usize = 20;
+const SETTLED: Duration = Duration::from_secs(3);
 
 /// What an ADD and a DEL of a real container cost, and what their parts cost alone.
 #[derive(Debug, Parser)]
@@ -80,6 +87,21 @@ struct Row {
     node_cpu_ms: f64,
     /// Containers per second, from the first spawn of a batch to the last reaping.
     per_second: f64,
+    /// Of an ADD by itself: what its parts cost alone, and how many times that it takes.
+    floor_ms: Option<f64>,
+    to_floor: Option<f64>,
+}
+
+impl Row {
+    /// Exec, call, link, transaction, journal.
+    fn beside(self, parts: &[parts::Part]) -> Self {
+        let of = |name: &str| parts.iter().find(|part| part.name == name).map(|part| part.times.p50_ms);
+        let transaction = transactions::name(self.rules, self.list);
+        let names = ["exec", "rpc", "link", "journal", &transaction];
+        let alone = self.verb == "ADD" && self.parallel == 1;
+        let floor_ms = names.into_iter().map(of).sum::<Option<f64>>().filter(|_| alone);
+        Self { floor_ms, to_floor: floor_ms.map(|floor| self.times.p50_ms / floor), ..self }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -106,6 +128,8 @@ fn run(arguments: &Arguments) -> Result<()> {
         parts: parts::all(&lab.cells[0], arguments.count)?,
         rows: rows(&lab.cells[0], arguments)?,
     };
+    let report =
+        Report { rows: report.rows.into_iter().map(|row| row.beside(&report.parts)).collect(), ..report };
     lab.down()?;
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
@@ -151,7 +175,10 @@ fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
     for round in 0..arguments.rounds {
         progress(&format!("round {} of {}", round + 1, arguments.rounds));
         for case in &mut cases {
-            preload.grow_to(case.present)?;
+            if preload.grow_to(case.present)? {
+                // What many at once leave behind is no part of what one costs.
+                thread::sleep(SETTLED);
+            }
             calls("warm-up", case.list).measured(case.present, 1, WARM_UPS)?;
             let run = calls("run", case.list);
             case.rounds.push(run.measured(case.present, case.parallel, arguments.count)?);
@@ -210,15 +237,16 @@ impl Calls<'_> {
         (0..count).map(|index| format!("{}-{index}", self.prefix)).collect()
     }
 
-    fn grow_to(&mut self, count: usize) -> Result<()> {
+    /// Whether there was anything to do.
+    fn grow_to(&mut self, count: usize) -> Result<bool> {
         let new = self.handles(count).split_off(self.present);
         if new.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         self.namespaces(&new, true)?;
         none_failed(self.all("ADD", &new, 4)?)?;
         self.present = count;
-        Ok(())
+        Ok(true)
     }
 
     fn shrink(&mut self) -> Result<()> {
@@ -269,6 +297,8 @@ impl Calls<'_> {
                 client_cpu_ms: client / all,
                 node_cpu_ms: node / all,
                 per_second: all / elapsed.as_secs_f64(),
+                floor_ms: None,
+                to_floor: None,
             }
         };
         Ok([row("ADD", adds, cpu[0], elapsed[0]), row("DEL", dels, cpu[1], elapsed[1])])
@@ -348,7 +378,7 @@ impl Report {
     fn print(&self) {
         println!("{}\n", self.machine);
         println!(
-            "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>10} {:>8} {:>6}",
+            "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>8} {:>8} {:>10} {:>8} {:>6}",
             "",
             "rules",
             "list",
@@ -357,6 +387,8 @@ impl Report {
             "calls",
             "failed",
             "p50 ms",
+            "floor ms",
+            "/ floor",
             "p95 ms",
             "min ms",
             "client CPU",
@@ -365,8 +397,10 @@ impl Report {
         );
         for row in &self.rows {
             let times = &row.times;
+            let or_none =
+                |figure: Option<f64>| figure.map_or_else(String::new, |figure| format!("{figure:.2}"));
             println!(
-                "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>8.2} {:>6.0}",
+                "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8.2} {:>8} {:>8} {:>8.2} {:>8.2} {:>10.2} {:>8.2} {:>6.0}",
                 row.verb,
                 row.rules,
                 row.list,
@@ -375,6 +409,8 @@ impl Report {
                 times.count + row.failed,
                 row.failed,
                 times.p50_ms,
+                or_none(row.floor_ms),
+                or_none(row.to_floor),
                 times.p95_ms,
                 times.min_ms,
                 row.client_cpu_ms,
@@ -382,9 +418,9 @@ impl Report {
                 row.per_second
             );
         }
-        println!("\n{:<72} {:>9} {:>9} {:>9}", "Parts alone", "p50 ms", "p95 ms", "min ms");
+        println!("\n{:<76} {:>9} {:>9} {:>9}", "Parts alone", "p50 ms", "p95 ms", "min ms");
         for parts::Part { what, times, .. } in &self.parts {
-            println!("{what:<72} {:>9.3} {:>9.3} {:>9.3}", times.p50_ms, times.p95_ms, times.min_ms);
+            println!("{what:<76} {:>9.3} {:>9.3} {:>9.3}", times.p50_ms, times.p95_ms, times.min_ms);
         }
     }
 }

@@ -16,12 +16,14 @@ use weft_proto::node::containers_client::ContainersClient;
 use weft_testbed::external_networker::INTERFACE;
 use weft_testbed::lab::{Cell, programs};
 
+use super::idle::Idle;
+use super::transactions::{self, Transactions};
 use super::{Times, WARM_UPS, call, interrupt, progress};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Part {
-    name: &'static str,
-    pub(super) what: &'static str,
+    pub(super) name: String,
+    pub(super) what: String,
     #[serde(flatten)]
     pub(super) times: Times,
 }
@@ -37,7 +39,7 @@ pub(super) fn all(cell: &Cell, count: usize) -> Result<Vec<Part>> {
     let mut rpc = Rpc::connect(cell)?;
     let mut links = Links::start(cell)?;
     let file = cell.directory.join("entry-alone");
-    Ok(vec![
+    let mut parts = vec![
         part("exec", "exec of a static program that does nothing", count, exec)?,
         part("version", "weft-cni VERSION: exec, input read, answer printed, no daemon", count, version)?,
         part("rpc", "Status, over a connection to the node's socket that is there", count, || rpc.call())?,
@@ -45,20 +47,26 @@ pub(super) fn all(cell: &Cell, count: usize) -> Result<Vec<Part>> {
             links.lay()
         })?,
         part("journal", "300 bytes written and renamed", count, || replace(&file))?,
-    ])
+    ];
+    let idle = Idle::start(cell)?;
+    for rules in [10, 1000] {
+        let what = format!("weft-cni ADD with {rules} rules, answered by a node that does nothing");
+        parts.push(part(&format!("client-{rules}"), &what, count, || idle.add(rules))?);
+    }
+    for (rules, list) in [10, 100, 1000].into_iter().flat_map(|rules| [(rules, "known"), (rules, "new")]) {
+        let mut transactions = Transactions::new(rules, list)?;
+        let what = format!("the transaction of a container whose list of {rules} rules is {list}");
+        parts.push(part(&transactions::name(rules, list), &what, count, || transactions.send())?);
+    }
+    Ok(parts)
 }
 
-fn part(
-    name: &'static str,
-    what: &'static str,
-    count: usize,
-    mut work: impl FnMut() -> Result<Duration>,
-) -> Result<Part> {
+fn part(name: &str, what: &str, count: usize, mut work: impl FnMut() -> Result<Duration>) -> Result<Part> {
     for _ in 0..WARM_UPS {
         work()?;
     }
     let times = (0..count).map(|_| interrupt::check().and_then(|()| work())).collect::<Result<Vec<_>>>()?;
-    Ok(Part { name, what, times: Times::of(times.into_iter()) })
+    Ok(Part { name: name.to_owned(), what: what.to_owned(), times: Times::of(times.into_iter()) })
 }
 
 fn replace(file: &Path) -> Result<Duration> {
