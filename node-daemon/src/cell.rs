@@ -52,7 +52,7 @@ const RETRY: Duration = Duration::from_secs(2);
 /// unless addresses run short.
 const TOGETHER: Duration = Duration::from_secs(1);
 /// Fewer free addresses than this are short.
-const SPARE: usize = 64;
+const SPARE: usize = 32;
 
 /// What the task works with.
 #[derive(Debug)]
