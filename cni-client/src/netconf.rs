@@ -146,7 +146,7 @@ impl Addition {
         };
         let nameservers = settings::dns_servers(conf)?;
         let owner = runtime::owner(conf)?;
-        let runtime = conf.object("runtimeConfig")?;
+        let runtime = conf.object(fields::RUNTIME)?;
         let (ports, net_out_rules) = match &runtime {
             Some(runtime) => runtime::ports_and_rules(runtime)?,
             None => (Vec::new(), Vec::new()),

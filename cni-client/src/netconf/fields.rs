@@ -2,8 +2,10 @@
 //! for costs nothing. What is null is absent, as it is for Go.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::num::NonZeroU32;
 
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use weft_model::reason::Reason;
@@ -12,6 +14,45 @@ pub(crate) struct Fields<'a> {
     /// The object's own name, with a dot behind it; nothing for the whole configuration.
     of: String,
     fields: BTreeMap<String, &'a RawValue>,
+    /// What is in [`RUNTIME`], if that was read with the object.
+    runtime: Option<BTreeMap<String, &'a RawValue>>,
+}
+
+/// Nearly all of a configuration is in there, so it is not read twice.
+pub(super) const RUNTIME: &str = "runtimeConfig";
+
+/// A configuration whose [`RUNTIME`] is an object, or null.
+#[derive(Default)]
+struct Document<'a> {
+    fields: BTreeMap<String, &'a RawValue>,
+    runtime: Option<BTreeMap<String, &'a RawValue>>,
+}
+
+impl<'de> Deserialize<'de> for Document<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = Document<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut document = Document::default();
+                while let Some(field) = map.next_key::<String>()? {
+                    match field.as_str() {
+                        RUNTIME => document.runtime = map.next_value()?,
+                        _ => drop(document.fields.insert(field, map.next_value()?)),
+                    }
+                }
+                Ok(document)
+            }
+        }
+
+        deserializer.deserialize_map(Object)
+    }
 }
 
 pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Reason {
@@ -21,17 +62,26 @@ pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Reaso
 impl<'a> Fields<'a> {
     /// The whole configuration.
     pub(crate) fn document(stdin: &'a [u8]) -> Result<Self, Reason> {
+        let of = String::new();
+        if let Ok(Document { fields, runtime }) = serde_json::from_slice(stdin) {
+            return Ok(Self { of, fields, runtime });
+        }
+        // What is wrong with it is told by who asks for it, if that is a field.
         let fields = serde_json::from_slice(stdin);
         let fields = fields.map_err(|why| Reason::InvalidJson { why: why.to_string() })?;
-        Ok(Self { of: String::new(), fields })
+        Ok(Self { of, fields, runtime: None })
     }
 
     /// The object in a field.
     pub(super) fn object(&self, field: &str) -> Result<Option<Fields<'a>>, Reason> {
-        let Some(raw) = self.raw(field) else { return Ok(None) };
-        let fields = serde_json::from_str(raw.get());
-        let fields = fields.map_err(|_| self.wrong(field, raw.get(), "an object"))?;
-        Ok(Some(Fields { of: format!("{}.", self.name(field)), fields }))
+        let fields = match (self.runtime.as_ref().filter(|_| field == RUNTIME), self.raw(field)) {
+            (Some(runtime), _) => runtime.clone(),
+            (None, Some(raw)) => {
+                serde_json::from_str(raw.get()).map_err(|_| self.wrong(field, raw.get(), "an object"))?
+            }
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(Fields { of: format!("{}.", self.name(field)), fields, runtime: None }))
     }
 
     /// A field's name as it is told to people.
