@@ -228,6 +228,7 @@ impl<K: Kernel> Started<K> {
 impl<K: Kernel> Running<K> {
     fn next_deadline(&self) -> Instant {
         let retry = self.task.cell.unsettled() && self.task.cell.inputs().knows_overlay();
+        let retry = retry || self.unwritten.is_some();
         let retry = retry.then(|| Instant::now() + RETRY);
         let resting = !self.forgetting && !self.task.cell.roster().resting().is_empty();
         [retry, resting.then_some(self.forget_at)].into_iter().flatten().fold(self.audit_at, Instant::min)
@@ -259,6 +260,10 @@ impl<K: Kernel> Running<K> {
         // A fence that was published before a call is heard before it.
         if self.task.overlay.has_changed().unwrap_or(false) {
             self.follow_leases();
+        }
+        if self.unwritten.is_some() {
+            // Who asks whether a container can be added asks about now.
+            self.write_journal();
         }
         let mut asked = Vec::new();
         let mut namespaces = Namespaces::new();

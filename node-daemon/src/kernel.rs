@@ -7,7 +7,7 @@
 //! ```text
 //!  socket    batches of messages, one acknowledgement each; dumps
 //!  message   our objects as netlink messages
-//!  rules     the firewall's changes, one transaction for a step, after one for new sets; and what is in its table
+//!  rules     the firewall's changes, one transaction for a step, or two; and what is in its table
 //!  lay       what a step lays            delete    links away, on threads of their own
 //!  see       what is there, as a cell believes it         dump      the tables it is read from
 //!  shaping   a container's limits

@@ -5,6 +5,7 @@
 use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -255,6 +256,29 @@ async fn the_silent_delay_nobody() {
             ended.as_ref().map_or_else(|end| end.kind() == ErrorKind::ConnectionReset, |_| true),
             "{ended:?}"
         );
+    }
+}
+
+/// Those that have sent a part, and then closed their side or both.
+#[tokio::test]
+async fn who_breaks_off_is_let_go_at_once() {
+    let world = World::new();
+    for n in 1..24 {
+        let mut stream = StdUnixStream::connect(world.path()).unwrap();
+        stream.write_all(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..n]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        // That it ends early, and is not held until its time is over, is for the one who waits behind it.
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let ended = tokio::task::spawn_blocking(move || stream.read(&mut [0])).await.unwrap();
+        assert!(
+            ended.as_ref().map_or_else(|end| end.kind() == ErrorKind::ConnectionReset, |n| *n == 0),
+            "{ended:?}"
+        );
+        let mut gone = StdUnixStream::connect(world.path()).unwrap();
+        gone.write_all(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..n]).unwrap();
+        drop(gone);
+        let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
+        assert_eq!(answer.into_inner().version, "test");
     }
 }
 

@@ -165,12 +165,12 @@ impl Cell {
     }
 }
 
-/// Only chains and elements change in place; and what is not known may be anything.
 /// Nothing was there.
 fn makes_table(change: &Change) -> bool {
     change.was.is_none() && change.key.part() == Some(&Part::Table)
 }
 
+/// Only chains and elements change in place; and what is not known may be anything.
 fn needs_new_table(change: &Change) -> bool {
     match (&change.was, &change.will) {
         (Some(Belief::Unknown), _) => true,

@@ -122,13 +122,21 @@ async fn begins(stream: &UnixStream) -> Result<Option<OwnedFd>, Refused> {
 /// The next bytes, which stay.
 async fn peek<const LENGTH: usize>(stream: &UnixStream) -> Result<[u8; LENGTH], Refused> {
     let mut bytes = [0; LENGTH];
-    let peek = || match recv(stream, &mut bytes, RecvFlags::PEEK)?.0 {
-        0 => Ok(None),
-        seen if seen < LENGTH => Err(io::ErrorKind::WouldBlock.into()),
-        _ => Ok(Some(())),
-    };
-    let seen = stream.async_io(Interest::READABLE, peek).await.map_err(Refused::Read)?;
-    seen.map(|()| bytes).ok_or(Refused::Silent)
+    loop {
+        let ready = stream.ready(Interest::READABLE).await.map_err(Refused::Read)?;
+        let seen = stream.try_io(Interest::READABLE, || match recv(stream, &mut bytes, RecvFlags::PEEK)?.0 {
+            seen if (1..LENGTH).contains(&seen) => Err(io::ErrorKind::WouldBlock.into()),
+            seen => Ok(seen),
+        });
+        match seen {
+            Ok(0) => return Err(Refused::Silent),
+            Ok(_) => return Ok(bytes),
+            // Of a client that has closed its side no more comes, and there is nothing to wait for.
+            Err(short) if short.kind() == io::ErrorKind::WouldBlock && !ready.is_read_closed() => {}
+            Err(short) if short.kind() == io::ErrorKind::WouldBlock => return Err(Refused::Silent),
+            Err(error) => return Err(Refused::Read(error)),
+        }
+    }
 }
 
 /// Takes the first byte and what came with it. Descriptors beyond one are closed.

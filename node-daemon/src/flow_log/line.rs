@@ -9,6 +9,7 @@ use weft_model::address::UnderlayAddr;
 use weft_model::container::Container;
 use weft_model::firewall::{ALLOWED, INGRESS};
 use weft_model::policy::AppGuid;
+use weft_model::policy::turns::Turn;
 use weft_model::traffic::{Decision, Direction, Record, Suppressed};
 
 use super::Lost;
@@ -209,9 +210,9 @@ impl Writer {
     }
 }
 
-/// As the policy has it: without the bit that says that our program let the packet through.
+/// As the policy has it: without the bits that are our program's own affair.
 fn mark(mark: u32) -> String {
-    match if mark == INGRESS { mark } else { mark & !ALLOWED } {
+    match if mark == INGRESS { mark } else { mark & !(ALLOWED | Turn::BITS) } {
         0 => String::new(),
         mark => format!("{mark:#x}"),
     }

@@ -70,7 +70,9 @@ fn record(decision: Decision, at: SystemTime, packet: Packet) -> Record {
     let to_container = packet.destination == RECEIVER;
     let outgoing = if to_container { link::index(OverlayAddr::new(RECEIVER)) } else { 2 };
     let incoming = Some(link::index(OverlayAddr::new(SENDER)));
-    Record { decision, at, incoming, outgoing: Some(outgoing), mark: 1, packet }
+    // As a container of this cell sends it.
+    let mark = ALLOWED | Turn::Second.mark() | 1;
+    Record { decision, at, incoming, outgoing: Some(outgoing), mark, packet }
 }
 
 /// The lines that silk's documentation shows, but for the white space.
