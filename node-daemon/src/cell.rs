@@ -135,7 +135,7 @@ impl<K: Kernel> Task<K> {
             underlay_missing: false,
             table_touched: false,
             forgetting: false,
-            connections: Arc::default(),
+            connections: Arc::new(Mutex::new(Connections::open()?)),
             forget_at: Instant::now(),
             forgetting_fails: false,
             unwritten: None,

@@ -17,26 +17,23 @@ use weft_model::address::OverlayAddr;
 use super::KernelError;
 use super::socket::NetlinkSocket;
 
-/// Of the network namespace of the thread that asks first.
-#[derive(Debug, Default)]
+/// Of the network namespace of the thread that opened it.
+#[derive(Debug)]
 pub struct Connections(Option<NetlinkSocket<NetfilterMessage>>);
 
 impl Connections {
+    pub fn open() -> Result<Self, KernelError> {
+        Ok(Self(Some(open()?)))
+    }
+
     /// Deletes all connections that one of these addresses began, or that were made to it (also through a mapped port:
     /// then it is the source of the replies). Blocks the calling thread while it reads the whole table. Returns how many
     /// there were.
     pub fn forget(&mut self, addrs: &BTreeSet<OverlayAddr>) -> Result<usize, KernelError> {
-        let refused = |operation| {
-            move |source| KernelError::Refused {
-                operation,
-                subject: "connections of former containers".into(),
-                source,
-            }
-        };
         // After an error another one is opened: what this one was asked last may not be answered yet.
         let mut socket = match self.0.take() {
             Some(socket) => socket,
-            None => NetlinkSocket::open(NETLINK_NETFILTER, 0).map_err(refused("open a socket for"))?,
+            None => open()?,
         };
         // The kernel can select by itself only from 6.12 on.
         let table = socket.dump(|| message(ConntrackMessage::Get(Vec::new()))).map_err(refused("read"))?;
@@ -52,6 +49,18 @@ impl Connections {
         }
         self.0 = Some(socket);
         Ok(forgotten)
+    }
+}
+
+fn open() -> Result<NetlinkSocket<NetfilterMessage>, KernelError> {
+    NetlinkSocket::open(NETLINK_NETFILTER, 0).map_err(refused("open a socket for"))
+}
+
+fn refused(operation: &'static str) -> impl FnOnce(io::Error) -> KernelError {
+    move |source| KernelError::Refused {
+        operation,
+        subject: "connections of former containers".into(),
+        source,
     }
 }
 

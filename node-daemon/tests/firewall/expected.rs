@@ -133,7 +133,7 @@ impl Play {
         let program = program(cell.wanted().iter().filter_map(part));
         let addrs = self.containers.values().map(|(_, container, _)| container.addr).collect();
         // A port that is used again would be taken for one more packet of a connection.
-        self.world.site.space.enter(|| Connections::default().forget(&addrs)).expect("forgotten");
+        self.world.site.space.enter(|| Connections::open()?.forget(&addrs)).expect("forgotten");
         for (n, (instance, ..)) in &self.containers {
             let others = self.containers.iter().filter(|(other, _)| *other != n);
             let near = others.flat_map(|(other, (server, ..))| {

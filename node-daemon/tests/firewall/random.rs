@@ -178,7 +178,7 @@ impl Trial {
         self.world.site.remove(&instance).await;
         // So that addresses come back, and none of their connections with them.
         let resting = self.world.site.cell.roster().resting().clone();
-        self.world.site.space.enter(|| Connections::default().forget(&resting)).expect("forgotten");
+        self.world.site.space.enter(|| Connections::open()?.forget(&resting)).expect("forgotten");
         self.world.site.cell.forgotten(&resting);
         prop_assert!(wrong.is_empty(), "{:#?}", wrong);
         Ok(())

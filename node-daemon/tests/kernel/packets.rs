@@ -130,7 +130,7 @@ async fn connections_of_an_address_are_forgotten() {
 
     let count = |what: &str| cell.space.run(&format!("conntrack -L 2>/dev/null | grep -c '{what}' || true"));
     assert_ne!(count("=10.255.66.3").trim(), "0", "{}", cell.space.run("conntrack -L"));
-    let mut connections = Connections::default();
+    let mut connections = cell.space.enter(|| Connections::open().expect("a socket"));
     let mut forget = |text: &str| {
         let addrs = BTreeSet::from([addr(text)]);
         cell.space.enter(|| connections.forget(&addrs).expect("forgotten"))
