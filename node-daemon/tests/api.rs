@@ -36,6 +36,8 @@ use weft_proto::node::containers_client::ContainersClient;
 use weft_proto::node::{AddRequest, DeleteRequest, Owner, PortMapping, StatusRequest, StatusResponse};
 use weft_proto::status::reason_of;
 
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
 /// Counts what gets through, and keeps what was wanted.
 #[derive(Debug, Clone, Default)]
 struct Counted(Arc<AtomicUsize>, Arc<Mutex<Vec<Wanted>>>);
@@ -97,6 +99,13 @@ impl World {
 
     fn calls(&self) -> usize {
         self.calls.0.load(Ordering::Relaxed)
+    }
+
+    /// A connection that has sent so many bytes of what a client of HTTP/2 begins with.
+    fn begun(&self, bytes: usize) -> StdUnixStream {
+        let mut stream = StdUnixStream::connect(self.path()).unwrap();
+        stream.write_all(&PREFACE[..bytes]).unwrap();
+        stream
     }
 
     /// A client whose connection brings these descriptors with its first byte.
@@ -238,13 +247,7 @@ async fn more_than_one_descriptor_or_another_first_byte_ends_the_connection() {
 #[tokio::test]
 async fn the_silent_delay_nobody() {
     let world = World::new();
-    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    let silent = |n: usize| {
-        let mut stream = StdUnixStream::connect(world.path()).unwrap();
-        stream.write_all(&preface[..n]).unwrap();
-        stream
-    };
-    let silent: Vec<_> = (0..=preface.len()).chain([0; 30]).map(silent).collect();
+    let silent: Vec<_> = (0..=PREFACE.len()).chain([0; 30]).map(|n| world.begun(n)).collect();
     let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
     assert_eq!(answer.into_inner().version, "test");
     for mut stream in silent {
@@ -263,9 +266,8 @@ async fn the_silent_delay_nobody() {
 #[tokio::test]
 async fn who_breaks_off_is_let_go_at_once() {
     let world = World::new();
-    for n in 1..24 {
-        let mut stream = StdUnixStream::connect(world.path()).unwrap();
-        stream.write_all(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..n]).unwrap();
+    for n in 1..PREFACE.len() {
+        let mut stream = world.begun(n);
         stream.shutdown(Shutdown::Write).unwrap();
         // That it ends early, and is not held until its time is over, is for the one who waits behind it.
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
@@ -274,9 +276,7 @@ async fn who_breaks_off_is_let_go_at_once() {
             ended.as_ref().map_or_else(|end| end.kind() == ErrorKind::ConnectionReset, |n| *n == 0),
             "{ended:?}"
         );
-        let mut gone = StdUnixStream::connect(world.path()).unwrap();
-        gone.write_all(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..n]).unwrap();
-        drop(gone);
+        drop(world.begun(n));
         let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
         assert_eq!(answer.into_inner().version, "test");
     }
@@ -286,13 +286,7 @@ async fn who_breaks_off_is_let_go_at_once() {
 #[tokio::test]
 async fn a_flood_of_clients_that_stop_ends_and_a_call_behind_it_is_answered() {
     let world = World::new();
-    let stopped: Vec<_> = (0..600)
-        .map(|_| {
-            let mut stream = StdUnixStream::connect(world.path()).unwrap();
-            stream.write_all(b"PRI * HT").unwrap();
-            stream
-        })
-        .collect();
+    let stopped: Vec<_> = (0..600).map(|_| world.begun(8)).collect();
     let answer = world.client(Vec::new()).await.status(StatusRequest {}).await.unwrap();
     assert_eq!(answer.into_inner().version, "test");
     drop(stopped);

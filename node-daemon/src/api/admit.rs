@@ -131,10 +131,10 @@ async fn peek<const LENGTH: usize>(stream: &UnixStream) -> Result<[u8; LENGTH], 
         match seen {
             Ok(0) => return Err(Refused::Silent),
             Ok(_) => return Ok(bytes),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(Refused::Read(error)),
             // Of a client that has closed its side no more comes, and there is nothing to wait for.
-            Err(short) if short.kind() == io::ErrorKind::WouldBlock && !ready.is_read_closed() => {}
-            Err(short) if short.kind() == io::ErrorKind::WouldBlock => return Err(Refused::Silent),
-            Err(error) => return Err(Refused::Read(error)),
+            Err(_) if ready.is_read_closed() => return Err(Refused::Silent),
+            Err(_) => {}
         }
     }
 }

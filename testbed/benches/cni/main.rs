@@ -2,6 +2,8 @@
 //! their parts cost alone. Plugins are spawned directly from threads that are in the cell already, so the
 //! driver adds nothing but the spawn. docs/benchmarks.md says what each figure means.
 
+#[path = "../common/added.rs"]
+mod added;
 #[path = "../common/mod.rs"]
 #[expect(
     dead_code,

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use weft_model::profile::Known;
 
-use crate::common::bed::{Ports, handle, list, profile, wanted};
+use crate::common::bed::{Ports, list, profile, wanted};
 use crate::common::change::Measured;
 
 pub(super) struct Transactions {
@@ -32,19 +32,7 @@ impl Transactions {
     }
 
     pub(super) fn send(&mut self) -> Result<Duration> {
-        let wanted = wanted("added", "eth0", Arc::clone(&self.known))?;
-        let (_, there) = self.measured.change(|bed| {
-            bed.cell.add(wanted)?;
-            Ok(())
-        })?;
-        let name = handle("added")?;
-        let addr = self.measured.bed.cell.roster().get(&name).context("it was added")?.0.addr;
-        let (_, gone) = self.measured.change(|bed| {
-            bed.cell.drop(&name);
-            Ok(())
-        })?;
-        self.measured.bed.cell.forgotten(&[addr].into());
-        let ([bare, _], _) = self.measured.again(&there, &gone, || Ok(()))?;
-        Ok(Duration::from_secs_f64(bare.wall / 1000.0))
+        let (cost, _) = self.measured.come_and_go(wanted("added", "eth0", Arc::clone(&self.known))?)?;
+        Ok(Duration::from_secs_f64(cost.bare.wall / 1000.0))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde::Serialize;
 use weft_model::asg::EgressRule;
 use weft_model::asg::garden::parse;
@@ -168,20 +168,8 @@ impl Add {
         let known: Arc<Known> = Arc::new(profile(parsed.rules).into());
         sample.decode = decoded.since(begin);
         sample.known = Spent::now()?.since(decoded);
-        let wanted = wanted("added", "eth0", known)?;
-        let (cost, there) = self.measured.change(|bed| {
-            bed.cell.add(wanted)?;
-            Ok(())
-        })?;
-        let name = handle("added")?;
-        let addr = self.measured.bed.cell.roster().get(&name).context("it was added")?.0.addr;
-        let (_, gone) = self.measured.change(|bed| {
-            bed.cell.drop(&name);
-            Ok(())
-        })?;
-        self.measured.bed.cell.forgotten(&[addr].into());
-        let ([bare, _], bytes) = self.measured.again(&there, &gone, || Ok(()))?;
-        sample.cost = Cost { bare, ..cost };
+        let (cost, bytes) = self.measured.come_and_go(wanted("added", "eth0", known)?)?;
+        sample.cost = cost;
         Ok((sample, bytes))
     }
 }

@@ -1,6 +1,8 @@
 //! `scripts/bench firewall`: what the firewall's changes cost the node, and what its program costs a packet. Everything
 //! happens in network namespaces of this process. docs/benchmarks.md says what each figure means.
 
+#[path = "../common/added.rs"]
+mod added;
 #[path = "../common/mod.rs"]
 mod common;
 
