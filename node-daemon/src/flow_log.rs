@@ -10,25 +10,19 @@
 //!  counters ─────────▶ Tally::read ──┘                    └──what was written──▶ Suppression
 //! ```
 
-use std::collections::BTreeMap;
 use std::io;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use futures::stream::{Stream, StreamExt};
-use tokio::sync::watch;
 use tracing::{debug, info, warn};
-use weft_model::cell::Roster;
-use weft_model::container::Container;
 use weft_model::firewall::explain::{app_behind, policy_behind, rule_behind};
-use weft_model::policy::Policies;
-use weft_model::profile::Known;
 use weft_model::traffic::{Decision, Direction, Protocol, Record, Suppressed, Suppression, Totals};
 
+use crate::directory::{Directory, Named};
 use crate::kernel::nflog::Event;
 
 mod counters;
@@ -43,8 +37,6 @@ use line::{Sender, Writer};
 
 /// Lines that wait for the file: some 2 MiB.
 const QUEUE: usize = 8192;
-/// How long a container that has left is still named: records come a moment after their packets.
-const REMEMBERED: Duration = Duration::from_secs(1);
 /// Lines that are written together.
 const BATCH: usize = 128;
 
@@ -55,81 +47,10 @@ pub struct Settings {
     pub host: Host,
 }
 
-/// What is known of the cell's containers, and of the rules that they are under.
-#[derive(Debug, Clone, Default)]
-pub struct Directory {
-    pub by_addr: BTreeMap<Ipv4Addr, Entered>,
-    /// Of one answer of the policy server, which is the one that packets' marks are from.
-    pub policies: Arc<Policies>,
-    /// Who has left of late, and when.
-    pub left: BTreeMap<Ipv4Addr, (Entered, SystemTime)>,
-}
-
-#[derive(Debug, Clone)]
-pub struct Entered {
-    pub container: Arc<Container>,
-    pub profile: Option<Arc<Known>>,
-}
-
-impl Directory {
-    pub fn of(roster: &Roster, policies: Arc<Policies>) -> Self {
-        let entered = |(container, _): (&Arc<Container>, _)| {
-            let profile = container.profile.and_then(|digest| roster.profile(digest)).cloned();
-            (container.addr.get(), Entered { container: Arc::clone(container), profile })
-        };
-        Self { by_addr: roster.iter().map(entered).collect(), policies, left: BTreeMap::new() }
-    }
-
-    /// With those that were there before and have left.
-    pub fn remembering(mut self, before: &Self, now: SystemTime) -> Self {
-        let leaving = before.by_addr.iter().map(|(addr, entered)| (*addr, (entered.clone(), now)));
-        let left = before.left.iter().map(|(addr, left)| (*addr, left.clone())).chain(leaving);
-        let gone = |(addr, (_, at)): &(Ipv4Addr, (_, SystemTime))| {
-            !self.by_addr.contains_key(addr) && now <= *at + REMEMBERED
-        };
-        self.left = left.filter(gone).collect();
-        self
-    }
-
-    /// Whose an address was at that time.
-    pub fn identify(&self, addr: Ipv4Addr, at: SystemTime) -> Option<&Container> {
-        self.entered(addr, at).map(|entered| &*entered.container)
-    }
-
-    fn entered(&self, addr: Ipv4Addr, at: SystemTime) -> Option<&Entered> {
-        let left = || self.left.get(&addr).filter(|(_, left)| at <= *left + REMEMBERED);
-        self.by_addr.get(&addr).or_else(|| left().map(|(entered, _)| entered))
-    }
-
-    /// Who sent what a container received from another, as far as it is known.
-    fn sender(&self, record: &Record) -> Option<Sender<'_>> {
-        if !record.decision.is_between_containers() || record.direction() == Direction::Egress {
-            return None;
-        }
-        match self.identify(record.packet.source, record.at) {
-            Some(container) => Some(Sender::Container(container)),
-            None => app_behind(&self.policies, record.mark).map(Sender::App),
-        }
-    }
-
-    fn rule(&self, record: &Record) -> Option<String> {
-        let entered = self.entered(record.container(), record.at)?;
-        if record.decision == Decision::AllowedC2c {
-            return policy_behind(
-                &self.policies,
-                &entered.container.owner.app()?,
-                record.mark,
-                &record.packet,
-            );
-        }
-        rule_behind(entered.profile.as_ref()?.profile(), record.decision, &record.packet)
-    }
-}
-
 /// What is to be told in one line, with what was known when it happened.
 #[derive(Debug)]
 struct Entry {
-    directory: Arc<Directory>,
+    named: Named,
     told: Told,
 }
 
@@ -137,6 +58,46 @@ struct Entry {
 enum Told {
     Decided(Record),
     Suppressed(Suppressed, SystemTime),
+}
+
+impl Told {
+    /// With what the directory has of those it is about.
+    fn named(self, directory: &Directory) -> Entry {
+        let named = match &self {
+            Self::Decided(record) => {
+                let sender = Some(record.packet.source).filter(|_| is_received_from_another(record));
+                directory.named(record.container(), sender, record.at)
+            }
+            Self::Suppressed(suppressed, at) => directory.named(suppressed.container, None, *at),
+        };
+        Entry { named, told: self }
+    }
+}
+
+impl Named {
+    /// Who sent what a container received from another, as far as it is known.
+    fn sender(&self, record: &Record) -> Option<Sender<'_>> {
+        match &self.sender {
+            Some(container) => Some(Sender::Container(container)),
+            None if is_received_from_another(record) => {
+                app_behind(&self.policies, record.mark).map(Sender::App)
+            }
+            None => None,
+        }
+    }
+
+    fn rule(&self, record: &Record) -> Option<String> {
+        let entered = self.container.as_ref()?;
+        if record.decision == Decision::AllowedC2c {
+            let app = entered.container.owner.app()?;
+            return policy_behind(&self.policies, &app, record.mark, &record.packet);
+        }
+        rule_behind(entered.profile.as_ref()?.profile(), record.decision, &record.packet)
+    }
+}
+
+fn is_received_from_another(record: &Record) -> bool {
+    record.decision.is_between_containers() && record.direction() == Direction::Ingress
 }
 
 /// The end of the queue that is filled.
@@ -149,7 +110,7 @@ pub struct FlowLog {
 #[derive(Debug, Clone)]
 pub struct Tally {
     queue: SyncSender<Entry>,
-    directory: watch::Receiver<Arc<Directory>>,
+    directory: Directory,
     shared: Arc<Shared>,
 }
 
@@ -161,7 +122,7 @@ struct Shared {
 
 impl FlowLog {
     /// Starts the thread that writes. A file that cannot be opened is no error: it is tried again with each line.
-    pub fn start(settings: Settings, directory: watch::Receiver<Arc<Directory>>) -> io::Result<Self> {
+    pub fn start(settings: Settings, directory: Directory) -> io::Result<Self> {
         let (queue, waiting) = mpsc::sync_channel(QUEUE);
         let shared = Arc::new(Shared::default());
         let scribe = Scribe {
@@ -219,8 +180,7 @@ impl Tally {
 
     /// False if too many wait.
     fn enqueue(&self, told: Told) -> bool {
-        let directory = Arc::clone(&self.directory.borrow());
-        self.queue.try_send(Entry { directory, told }).is_ok()
+        self.queue.try_send(told.named(&self.directory)).is_ok()
     }
 }
 
@@ -280,16 +240,13 @@ impl Scribe {
     }
 
     fn line(&self, entry: &Entry) -> String {
-        let directory = &entry.directory;
+        let named = &entry.named;
+        let who = named.container.as_ref().map(|entered| &*entered.container);
         match &entry.told {
             Told::Decided(record) => {
-                let rule = directory.rule(record);
-                let who = directory.identify(record.container(), record.at);
-                self.writer.decided(record, who, directory.sender(record), rule)
+                self.writer.decided(record, who, named.sender(record), named.rule(record))
             }
-            Told::Suppressed(suppressed, at) => {
-                self.writer.suppressed(*suppressed, directory.identify(suppressed.container, *at), *at)
-            }
+            Told::Suppressed(suppressed, at) => self.writer.suppressed(*suppressed, who, *at),
         }
     }
 

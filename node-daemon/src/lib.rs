@@ -5,7 +5,7 @@
 //!              profiles            ▲ │ └──▶ journal        health, metrics
 //!  controllers ◀──▶ lease_stream ──┤ │ └◀── kernel::events, kernel::ruleset_events
 //!  policy server ◀──▶ policy_server┤ │ ◀── runbook
-//!  iptables ◀──▶ guard ──────────────┘ └──▶ flow_log ◀── kernel::nflog
+//!  iptables ◀──▶ guard ──────────────┘ └──▶ directory ──▶ flow_log ◀── kernel::nflog
 //! ```
 //! One task per module; each module's first lines say what it owns, what wakes it and what it emits.
 
@@ -13,6 +13,7 @@ pub mod api;
 pub mod calls;
 pub mod cell;
 pub mod config;
+pub mod directory;
 pub mod flow_log;
 mod follower;
 pub mod guard;

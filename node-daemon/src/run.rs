@@ -24,7 +24,8 @@ use weft_model::lease::{self, Holder};
 use crate::api::Socket;
 use crate::cell::{Policies, Task, chain, ids};
 use crate::config::{Config, RunbookEndpoints};
-use crate::flow_log::{self, Directory, FlowLog};
+use crate::directory::Directory;
+use crate::flow_log::{self, FlowLog};
 use crate::guard;
 use crate::inbox::inbox;
 use crate::journal::Journal;
@@ -103,9 +104,9 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
             overlay.fenced = keeper.fenced().cloned();
         });
     }
-    let (directory, entered) = watch::channel(Arc::default());
+    let names = Directory::default();
     if let Some(settings) = config.traffic_log() {
-        traffic_log(settings, config.traffic_log_group, entered.clone(), &mut registry).await?;
+        traffic_log(settings, config.traffic_log_group, names.clone(), &mut registry).await?;
     }
     let mut cell = Cell::new(config.cell());
     cell.log_c2c(config.iptables_c2c_logging);
@@ -131,7 +132,7 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
         vtep: config.vtep_name.clone(),
         inbox: inbox.clone(),
         links: LinkCounters::open()?,
-        directory: entered,
+        directory: names.clone(),
         known: policies.as_ref().map(|policies| policies.known.clone()),
     });
     registry.register_collector(Box::new(Arc::clone(&measured)));
@@ -145,7 +146,7 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
         underlay: config.underlay(),
         guard,
         policies,
-        directory,
+        names,
         metrics,
     };
     let started = task.start().await?;
@@ -193,11 +194,11 @@ async fn follow_policies(
 async fn traffic_log(
     settings: flow_log::Settings,
     group: u16,
-    known: watch::Receiver<Arc<Directory>>,
+    names: Directory,
     registry: &mut Registry,
 ) -> Result<()> {
     let records = patiently(async || nflog::listen(group)).await?;
-    let log = FlowLog::start(settings, known).context("start the traffic log's thread")?;
+    let log = FlowLog::start(settings, names).context("start the traffic log's thread")?;
     log.counters().register(registry);
     let (tally, mut counted) = (log.tally(), Counted::open()?);
     tokio::spawn(log.run(records));

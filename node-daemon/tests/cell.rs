@@ -33,6 +33,7 @@ use weft_model::subnet::SubnetKind;
 use weft_model::walk;
 use weft_node::calls::Calls;
 use weft_node::cell::{Task, Underlay};
+use weft_node::directory::Directory;
 use weft_node::inbox::{Inbox, inbox};
 use weft_node::journal::Journal;
 use weft_node::kernel::events::Event;
@@ -191,7 +192,7 @@ impl World {
             underlay: Underlay { addresses: vec![walk::underlay(100).get()], ..Underlay::default() },
             guard: guarded,
             policies: None,
-            directory: watch::channel(Arc::default()).0,
+            names: Directory::default(),
             metrics,
         };
         let started = task.start().await.unwrap();

@@ -55,6 +55,8 @@ pub struct Roster {
     ipam: Ipam,
     profiles: BTreeMap<Digest, Kept>,
     by_app: BTreeMap<AppGuid, BTreeSet<Handle>>,
+    /// How many containers a space has.
+    by_space: BTreeMap<String, usize>,
     /// Who has a port of the cell.
     ports: BTreeMap<NonZeroU16, Handle>,
 }
@@ -86,6 +88,7 @@ impl Roster {
                     if let Some(guid) = container.owner.app() {
                         self.by_app.entry(guid).or_default().insert(container.handle.clone());
                     }
+                    *self.by_space.entry(container.owner.space_id.clone()).or_default() += 1;
                     let ports = container.ports.iter().map(|mapping| mapping.host);
                     self.ports.extend(ports.map(|port| (port, container.handle.clone())));
                     self.freed.retain(|addr| *addr != container.addr);
@@ -124,6 +127,12 @@ impl Roster {
                         handles.remove(&handle);
                         if handles.is_empty() {
                             self.by_app.remove(&guid);
+                        }
+                    }
+                    if let Some(count) = self.by_space.get_mut(&container.owner.space_id) {
+                        *count -= 1;
+                        if *count == 0 {
+                            self.by_space.remove(&container.owner.space_id);
                         }
                     }
                     self.let_go(container.profile, |kept| &mut kept.in_force);
@@ -171,6 +180,16 @@ impl Roster {
 
     pub fn of_app(&self, guid: &AppGuid) -> impl Iterator<Item = &Handle> {
         self.by_app.get(guid).into_iter().flatten()
+    }
+
+    /// Those of which there are containers.
+    pub fn apps(&self) -> impl Iterator<Item = &AppGuid> {
+        self.by_app.keys()
+    }
+
+    /// Those of which there are containers.
+    pub fn spaces(&self) -> impl Iterator<Item = &String> {
+        self.by_space.keys().filter(|space| !space.is_empty())
     }
 
     /// The container that has a port of the cell.

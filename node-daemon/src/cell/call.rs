@@ -13,7 +13,8 @@ use weft_model::firewall::{Content, Part, Size, program};
 use weft_model::link::LinkSpec;
 use weft_model::reason::{self, Reason};
 
-use super::{Asked, Running};
+use super::Running;
+use super::wave::Asked;
 use crate::calls::{Remembered, Valid};
 use crate::inbox::{Check, Inbox, Question, Reply, Request, Sender};
 use crate::kernel::{Kernel, carrier, inside};

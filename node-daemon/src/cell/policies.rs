@@ -6,7 +6,6 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tracing::error;
 use weft_model::cell::Roster;
-use weft_model::container::Owner;
 use weft_model::follow::Ids;
 
 use super::Running;
@@ -28,13 +27,12 @@ pub struct Policies {
 impl Policies {
     /// Says whose containers the cell has now.
     pub(super) fn want(&self, roster: &Roster) {
-        let now = ids(roster);
-        self.ids.send_if_modified(|ids| {
-            let differs = **ids != now;
-            if differs {
-                *ids = Arc::new(now);
+        self.ids.send_if_modified(|wanted| {
+            let same = wanted.apps.iter().eq(roster.apps()) && wanted.spaces.iter().eq(roster.spaces());
+            if !same {
+                *wanted = Arc::new(ids(roster));
             }
-            differs
+            !same
         });
     }
 }
@@ -84,9 +82,5 @@ pub(super) async fn said(policies: &mut Option<Policies>) {
 
 /// Whose policies and security groups the cell wants to know.
 pub fn ids(roster: &Roster) -> Ids {
-    let owners = || roster.iter().map(|(container, _)| &container.owner);
-    Ids {
-        apps: owners().filter_map(Owner::app).collect(),
-        spaces: owners().map(|owner| owner.space_id.clone()).filter(|space| !space.is_empty()).collect(),
-    }
+    Ids { apps: roster.apps().cloned().collect(), spaces: roster.spaces().cloned().collect() }
 }

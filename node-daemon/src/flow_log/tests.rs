@@ -4,16 +4,17 @@ use super::*;
 
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
 
 use futures::stream;
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
-use weft_model::address::OverlayAddr;
-use weft_model::bandwidth::Bandwidth;
-use weft_model::container::Owner;
+use weft_model::container::{Container, Owner};
 use weft_model::traffic::Packet;
+
+use crate::directory::{self, Entered, tests::container};
 
 const CONTAINER: Ipv4Addr = Ipv4Addr::new(10, 255, 30, 2);
 
@@ -39,28 +40,12 @@ fn records(count: usize) -> impl Stream<Item = Event> {
     stream::iter((0..count).map(|_| Event::Decided(record())))
 }
 
-fn directory() -> Arc<Directory> {
-    let container = Container {
-        handle: "handle-1".parse().expect("handle"),
-        addr: OverlayAddr::new(CONTAINER),
-        interface: "eth0".parse().expect("name"),
-        mtu: 1450,
-        wanted_mtu: None,
-        namespace: String::new(),
-        owner: Owner::default(),
-        ports: Vec::new(),
-        network: String::new(),
-        profile: None,
-        passed: None,
-        bandwidth: Bandwidth::default(),
-    };
-    let entered = Entered { container: Arc::new(container), profile: Some(Arc::default()) };
-    Arc::new(Directory { by_addr: [(CONTAINER, entered)].into(), ..Directory::default() })
+fn directory() -> Directory {
+    directory::tests::directory(container(CONTAINER, Owner::default()))
 }
 
-fn started(file: &Path) -> (FlowLog, watch::Sender<Arc<Directory>>) {
-    let (known, directory) = watch::channel(directory());
-    (FlowLog::start(settings(file), directory).expect("started"), known)
+fn started(file: &Path) -> FlowLog {
+    FlowLog::start(settings(file), directory()).expect("started")
 }
 
 /// Waits until it is so; a test that waits in vain fails.
@@ -82,7 +67,7 @@ fn parsed(text: &str) -> Vec<Value> {
 async fn a_record_becomes_a_line_with_identity_and_rule() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
-    let (log, _known) = started(&file);
+    let log = started(&file);
     let counters = log.counters();
     log.run(records(1)).await;
     wait_for(|| counters.written.get() == 1);
@@ -99,9 +84,12 @@ async fn who_it_was_is_what_was_known_when_it_happened() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
     nix::unistd::mkfifo(&file, Mode::S_IRUSR | Mode::S_IWUSR).expect("a pipe");
-    let (log, known) = started(&file);
+    let names = directory();
+    let log = FlowLog::start(settings(&file), names.clone()).expect("started");
     log.run(records(1)).await;
-    known.send_replace(Arc::default());
+    let handle = "handle-2".parse().expect("handle");
+    let other = Container { handle, ..container(CONTAINER, Owner::default()) };
+    names.enter(Entered { container: Arc::new(other), profile: None });
     let mut text = String::new();
     File::open(&file).expect("open").read_to_string(&mut text).expect("read");
     assert_eq!(parsed(&text)[0]["data"]["source"]["container_id"], "handle-1");
@@ -114,7 +102,7 @@ async fn a_slow_file_holds_nobody_up() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
     nix::unistd::mkfifo(&file, Mode::S_IRUSR | Mode::S_IWUSR).expect("a pipe");
-    let (log, _known) = started(&file);
+    let log = started(&file);
     let counters = log.counters();
     let count = QUEUE + BATCH + 1000;
     let tally = log.tally();
@@ -135,7 +123,7 @@ async fn a_slow_file_holds_nobody_up() {
 
 #[tokio::test]
 async fn lines_for_a_full_disk_are_counted() {
-    let (log, _known) = started(Path::new("/dev/full"));
+    let log = started(Path::new("/dev/full"));
     let counters = log.counters();
     log.run(records(500)).await;
     wait_for(|| counters.dropped_file.get() == 500);
@@ -158,7 +146,7 @@ fn what_was_lost_is_told_when_the_file_works_again() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
     let mut scribe = scribe(&file);
-    let entry = || Entry { directory: directory(), told: Told::Decided(record()) };
+    let entry = || Told::Decided(record()).named(&directory());
     let now = Instant::now();
     // A directory is in the file's place.
     fs::create_dir(&file).expect("made");
@@ -179,7 +167,7 @@ fn what_was_lost_is_told_when_the_file_works_again() {
 async fn lines_and_reports_add_up_to_the_kernels_total() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
-    let (log, _known) = started(&file);
+    let log = started(&file);
     let (counters, tally) = (log.counters(), log.tally());
     let decided = (CONTAINER, Decision::Denied);
     let read = |total| tally.read(&Totals::from([(decided, total)]), SystemTime::UNIX_EPOCH);
@@ -204,9 +192,8 @@ fn a_report_that_is_not_written_is_not_lost() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
     let mut scribe = scribe(&file);
-    let (_known, known) = watch::channel(directory());
     let (queue, waiting) = mpsc::sync_channel(QUEUE);
-    let tally = Tally { queue, directory: known, shared: Arc::clone(&scribe.shared) };
+    let tally = Tally { queue, directory: directory(), shared: Arc::clone(&scribe.shared) };
     let read = |total| {
         tally.read(&Totals::from([((CONTAINER, Decision::Limited), total)]), SystemTime::UNIX_EPOCH);
         waiting.try_iter().collect::<Vec<_>>()
@@ -231,17 +218,4 @@ fn the_numbers_have_names() {
     prometheus_client::encoding::text::encode(&mut text, &registry).expect("text");
     assert!(text.contains("weft_node_traffic_log_written_total 3\n"), "{text}");
     assert!(text.contains("weft_node_traffic_log_dropped_queue_total 1\n"), "{text}");
-}
-
-#[test]
-fn a_container_that_has_left_is_named_for_a_moment() {
-    let (before, now) = (directory(), SystemTime::UNIX_EPOCH + Duration::from_secs(10));
-    let after = Directory::default().remembering(&before, now);
-    let named = |directory: &Directory, at| directory.identify(CONTAINER, at).is_some();
-    assert!(named(&after, now) && named(&after, now + REMEMBERED));
-    let late = now + REMEMBERED + Duration::from_millis(1);
-    assert!(!named(&after, late), "a packet of later");
-    let still = Directory::default().remembering(&after, now + REMEMBERED);
-    assert!(named(&still, now) && still.by_addr.is_empty());
-    assert!(Directory::default().remembering(&still, late).left.is_empty(), "and then it is forgotten");
 }

@@ -26,7 +26,7 @@ use weft_model::follow::Subject;
 
 use super::word;
 use crate::cell::chain;
-use crate::flow_log::Directory;
+use crate::directory::Directory;
 use crate::inbox::Inbox;
 use crate::kernel::{LinkCounters, Traffic};
 use crate::policy_server::{Known, now};
@@ -43,7 +43,7 @@ pub struct Sources {
     pub inbox: Inbox,
     pub links: LinkCounters,
     /// Whose containers there are.
-    pub directory: watch::Receiver<Arc<Directory>>,
+    pub directory: Directory,
     /// None: there is no policy server.
     pub known: Option<watch::Receiver<Known>>,
 }
@@ -53,7 +53,7 @@ pub struct Measured {
     vtep: DeviceName,
     inbox: Inbox,
     links: Mutex<LinkCounters>,
-    directory: watch::Receiver<Arc<Directory>>,
+    directory: Directory,
     known: Option<watch::Receiver<Known>>,
     last: Mutex<Reading>,
 }
@@ -97,7 +97,7 @@ impl Collector for Measured {
         }
         if let Some(links) = &last.links {
             gauge(&mut encoder, "weft_node_interfaces", "Network devices of the cell", links.len())?;
-            containers(&mut encoder, links, &self.directory.borrow())?;
+            containers(&mut encoder, links, &self.directory)?;
             overlay(&mut encoder, links, &self.vtep)?;
         }
         match &self.known {
@@ -128,10 +128,8 @@ fn counters<'a>(
 
 /// What a container has sent is what its link's end on the cell has received.
 fn containers(encoder: &mut DescriptorEncoder<'_>, links: &[Traffic], directory: &Directory) -> fmt::Result {
-    let known: Vec<(&Container, &Traffic)> = links
-        .iter()
-        .filter_map(|link| Some((&*directory.by_addr.get(&link.container?.get())?.container, link)))
-        .collect();
+    let known: Vec<(Arc<Container>, &Traffic)> =
+        links.iter().filter_map(|link| Some((directory.present(link.container?.get())?, link))).collect();
     let labelled = |value: fn(&Traffic) -> [u64; 2]| {
         known.iter().flat_map(move |(container, link)| {
             ["received", "sent"].into_iter().zip(value(link)).map(|(direction, value)| {
@@ -192,7 +190,8 @@ mod tests {
     use weft_model::address::OverlayAddr;
     use weft_model::container::Owner;
 
-    use crate::flow_log::Entered;
+    use crate::directory;
+    use crate::directory::tests::container;
     use crate::policy_server::Told;
 
     #[derive(Debug)]
@@ -232,22 +231,7 @@ mod tests {
         let addr = Ipv4Addr::new(10, 255, 30, 2);
         let owner =
             Owner { app_id: "a\"}\n\\b".into(), space_id: "ü".repeat(LONGEST + 9), ..Owner::default() };
-        let container = Container {
-            handle: "handle-1".parse().expect("handle"),
-            addr: OverlayAddr::new(addr),
-            interface: "eth0".parse().expect("name"),
-            mtu: 1450,
-            owner,
-            network: String::new(),
-            bandwidth: weft_model::bandwidth::Bandwidth::default(),
-            wanted_mtu: None,
-            namespace: String::new(),
-            ports: Vec::new(),
-            profile: None,
-            passed: None,
-        };
-        let entered = Entered { container: Arc::new(container), profile: None };
-        let directory = Directory { by_addr: [(addr, entered)].into(), ..Directory::default() };
+        let directory = directory::tests::directory(container(addr, owner));
         // Of devices that are nobody's, and of links that nobody knows, nothing is told.
         let links = vec![link(Some(addr)), link(None), link(Some(Ipv4Addr::new(10, 255, 30, 3)))];
         let text = told(links, directory, Known::default());

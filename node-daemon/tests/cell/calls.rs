@@ -210,3 +210,27 @@ fn a_cell_says_whether_it_takes_containers() {
         panic!("{fenced:?}");
     });
 }
+
+/// The addresses of those who have just left are free once their connections are forgotten: nobody is refused for that.
+#[test]
+fn a_full_subnet_takes_another_as_soon_as_one_leaves() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        for n in 0..5 {
+            world.add(n, namespace()).await.unwrap();
+        }
+        for n in 5..30 {
+            world.delete(n - 5).await.unwrap();
+            let added = world.add(n, namespace()).await;
+            assert!(added.is_ok(), "{n}: {added:?}");
+        }
+        let full = world.add(40, namespace()).await;
+        assert!(matches!(full, Err(Reason::SubnetFull { .. })), "{full:?}");
+        for n in 25..30 {
+            world.delete(n).await.unwrap();
+        }
+        let calls = (0..5).map(|n| world.add(n, namespace()));
+        let answers = futures::future::join_all(calls).await;
+        assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+    });
+}

@@ -15,6 +15,7 @@ use weft_model::keeper::Keeper;
 use weft_model::lease::{self, Holder};
 use weft_model::subnet::SubnetKind;
 use weft_node::cell::{Policies, Task, Underlay, ids};
+use weft_node::directory::Directory;
 use weft_node::inbox::{Inbox, inbox};
 use weft_node::journal::Journal;
 use weft_node::kernel::Netlink;
@@ -73,7 +74,7 @@ impl Node {
             underlay: Underlay { addresses: vec![lease.underlay.get()], ..Underlay::default() },
             guard: guarded,
             policies: Some(Policies { known: known.clone(), ids, applied, groups: true }),
-            directory: watch::channel(Arc::default()).0,
+            names: Directory::default(),
             metrics,
         };
         let started = task.start().await.expect("started");

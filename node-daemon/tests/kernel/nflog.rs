@@ -7,13 +7,13 @@ use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use weft_model::bandwidth::Bandwidth;
 use weft_model::container::{Container, Owner};
 use weft_model::link::{self, LinkSpec};
 use weft_model::traffic::{Decision, Direction, Protocol, Record, Totals};
-use weft_node::flow_log::{Directory, Entered, FlowLog, Host, Settings, Timestamps};
+use weft_node::directory::{Directory, Entered};
+use weft_node::flow_log::{FlowLog, Host, Settings, Timestamps};
 use weft_node::kernel::nflog::{Event, NflogError, listen};
 
 use crate::world::{Cell, Space};
@@ -228,12 +228,11 @@ async fn lines_and_suppressed_counts_reach_the_file() {
         passed: None,
         bandwidth: Bandwidth::default(),
     };
-    let entered = Entered { container: Arc::new(container), profile: None };
-    let directory = Directory { by_addr: [(spec.addr.get(), entered)].into(), ..Directory::default() };
-    let (_known, known) = watch::channel(Arc::new(directory));
+    let directory = Directory::default();
+    directory.enter(Entered { container: Arc::new(container), profile: None });
     let host = Host { addr: "10.77.0.11".parse().expect("address"), guid: "cell".into() };
     let settings = Settings { file: file.clone(), timestamps: Timestamps::Rfc3339, host };
-    let log = FlowLog::start(settings, known).expect("started");
+    let log = FlowLog::start(settings, directory).expect("started");
     let (counters, tally) = (log.counters(), log.tally());
     let task = tokio::spawn(log.run(listening(&cell.space)));
 
