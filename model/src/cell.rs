@@ -68,7 +68,8 @@ pub enum Dropped {
 pub struct Cell {
     inputs: Inputs,
     fenced: Option<Reason>,
-    units: BTreeMap<Unit, Box<[Key]>>,
+    /// What each was last planned to hold.
+    units: BTreeMap<Unit, Box<[(Key, Object)]>>,
     wanted: BTreeMap<Key, Object>,
     believed: BTreeMap<Key, Belief>,
     touched: BTreeSet<Key>,
@@ -428,25 +429,37 @@ impl Cell {
 
     /// What stays as it is is not touched: where it is not believed, it was touched before.
     fn replan(&mut self, unit: Unit) {
-        let now = plan_unit(&unit, &self.inputs);
-        let keys: Box<[Key]> = now.iter().map(|(key, _)| key.clone()).collect();
-        let before = if keys.is_empty() { self.units.remove(&unit) } else { self.units.insert(unit, keys) };
-        for (n, key) in before.into_iter().flatten().enumerate() {
+        let now = plan_unit(&unit, &self.inputs).into_boxed_slice();
+        let place = self.units.entry(unit);
+        let before = match &place {
+            Entry::Occupied(there) => &**there.get(),
+            Entry::Vacant(_) => &[],
+        };
+        for (n, (key, _)) in before.iter().enumerate() {
             // Most stand where they stood.
-            let stays = now.get(n).is_some_and(|(still, _)| *still == key);
-            if !stays && now.iter().all(|(still, _)| *still != key) {
-                self.wanted.remove(&key);
-                self.touched.insert(key);
+            let stays = now.get(n).is_some_and(|(still, _)| still == key);
+            if !stays && now.iter().all(|(still, _)| still != key) {
+                self.wanted.remove(key);
+                self.touched.insert(key.clone());
             }
         }
-        for (key, object) in now {
-            match self.wanted.entry(key) {
-                Entry::Occupied(there) if *there.get() == object => {}
+        for (n, planned) in now.iter().enumerate() {
+            let (key, object) = planned;
+            if before.get(n) == Some(planned) {
+                continue;
+            }
+            match self.wanted.entry(key.clone()) {
+                Entry::Occupied(there) if there.get() == object => {}
                 place => {
-                    self.touched.insert(place.key().clone());
-                    place.insert_entry(object);
+                    self.touched.insert(key.clone());
+                    place.insert_entry(object.clone());
                 }
             }
+        }
+        match place {
+            Entry::Occupied(there) if now.is_empty() => drop(there.remove()),
+            Entry::Vacant(_) if now.is_empty() => {}
+            place => drop(place.insert_entry(now)),
         }
     }
 
@@ -482,19 +495,21 @@ impl Cell {
 
     /// The parts of the firewall that a container's packets meet.
     pub fn rules_of(&self, container: &Container) -> impl Iterator<Item = &Key> {
-        let app = container.owner.app().and_then(|guid| self.units.get(&Unit::App(guid)));
-        let shared = [self.units.get(&Unit::Base), app].into_iter().flatten().flatten();
+        let app = container.owner.app().map(Unit::App);
+        let shared = [Some(Unit::Base), app].into_iter().flatten().flat_map(|unit| self.keys(&unit));
         shared.chain(self.keys_of(container)).filter(|key| key.is_firewall())
     }
 
     /// What the kernel has to hold for a container and its profile.
     pub fn keys_of(&self, container: &Container) -> impl Iterator<Item = &Key> {
         let own = [Unit::Container, Unit::Granted].map(|unit| unit(container.handle.clone()));
-        let own = own.into_iter().filter_map(|unit| self.units.get(&unit));
         let known = container.profile.and_then(|digest| self.inputs.roster.profile(digest));
         let shared =
             known.map(|known| [Unit::Profile(known.digest()), Unit::Settings(known.settings_digest())]);
-        let shared = shared.into_iter().flatten().filter_map(|unit| self.units.get(&unit));
-        own.chain(shared).flatten()
+        own.into_iter().chain(shared.into_iter().flatten()).flat_map(|unit| self.keys(&unit))
+    }
+
+    fn keys(&self, unit: &Unit) -> impl Iterator<Item = &Key> + use<'_> {
+        self.units.get(unit).into_iter().flatten().map(|(key, _)| key)
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +18,7 @@ use crate::profile::{Digest, Workload};
 /// and, behind an interface's name, a device's alias.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Handle(String);
+pub struct Handle(Arc<str>);
 
 impl Handle {
     pub fn as_str(&self) -> &str {
@@ -32,7 +33,7 @@ impl FromStr for Handle {
         let starts = text.starts_with(|c: char| c.is_ascii_alphanumeric());
         let clean = text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
         if starts && clean && text.len() <= 239 {
-            Ok(Self(text.to_owned()))
+            Ok(Self(text.into()))
         } else {
             Err(NotValid::new(
                 "a container id (a letter or digit, then letters, digits, `_`, `.`, `-`; at most 239 bytes)",
@@ -52,7 +53,7 @@ impl TryFrom<String> for Handle {
 
 impl From<Handle> for String {
     fn from(handle: Handle) -> Self {
-        handle.0
+        handle.0.as_ref().into()
     }
 }
 

@@ -27,10 +27,9 @@ mod member;
 mod profile;
 mod settings;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use nf_tables::{Chain, Data, Element, Name, Ranges, Set};
+use nf_tables::{Chain, Data, Name, Ranges, Set};
 
 pub use app::app;
 pub use base::{Base, base};
@@ -167,7 +166,6 @@ fn element(set: &str, key: impl Into<ElementKey>, data: Data) -> (Part, Content)
 /// A whole program, to run packets through.
 pub fn program<'a>(parts: impl IntoIterator<Item = (&'a Part, &'a Content)>) -> nf_tables::machine::Program {
     let mut program = nf_tables::machine::Program::default();
-    let mut elements: BTreeMap<Name, Vec<Element>> = BTreeMap::new();
     for (part, content) in parts {
         match (part, content) {
             (Part::Chain(name), Content::Chain(chain)) => {
@@ -179,15 +177,11 @@ pub fn program<'a>(parts: impl IntoIterator<Item = (&'a Part, &'a Content)>) -> 
                 contents.widths = filled.set.key.widths();
             }
             (Part::Element(name, key), Content::Element(data)) => {
-                let element = Element { key: key.to_vec(), data: data.clone() };
-                elements.entry(name.clone()).or_default().push(element);
+                let contents = program.sets.entry(name.clone()).or_default();
+                contents.elements.insert(key.to_vec(), data.clone());
             }
             _ => {}
         }
-    }
-    for (name, elements) in elements {
-        let contents = program.sets.entry(name).or_default();
-        contents.elements.extend(elements.into_iter().map(|element| (element.key, element.data)));
     }
     program
 }

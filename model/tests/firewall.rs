@@ -186,7 +186,7 @@ fn a_port_of_the_cell_has_one_container_until_its_namespace_has_ended() {
         plan(cell.inputs()).into_iter().filter(|(key, _)| key.to_string().contains("element of ports"));
     let leads: Vec<_> = ports.map(|(_, object)| object).collect();
     let to = [&second.addr.get().octets()[..], &[0x1f, 0x90, 0, 0]].concat();
-    assert_eq!(leads, [Object::Firewall(Content::Element(Data::Value(to)))]);
+    assert_eq!(leads, [Object::Firewall(Content::Element(Data::Value(to.into())))]);
 }
 
 fn policy(source: u8, tag: u16, destination: u8, ports: (u16, u16)) -> Policy {

@@ -21,11 +21,14 @@ use crate::constants::*;
 use crate::encode::{self, SetIds};
 use crate::name::Name;
 use crate::rule::{Chain, Rule};
-use crate::set::{Data, Element, Ranges, Set};
+use crate::set::{Data, Ranges, Set};
 use crate::wire::{Head, ROOM, Writer};
 
 /// Bytes that an element with two ends of three fields takes, and a little more.
 const ELEMENT: usize = 64;
+
+/// Most transactions fit.
+const FIRST: usize = 8 << 10;
 
 /// A transaction in the making. `T` says whose an operation is.
 ///
@@ -69,6 +72,7 @@ impl<T: Clone> Batch<T> {
             sets: BTreeMap::new(),
             made: 0,
         };
+        batch.out.reserve(FIRST);
         batch.edge(NFNL_MSG_BATCH_BEGIN, |out| {
             if let Some(generation) = generation {
                 out.be32(NFNL_BATCH_GENID, generation);
@@ -162,15 +166,20 @@ impl<T: Clone> Batch<T> {
         });
     }
 
-    /// New ones: EEXIST for what is there already.
-    pub fn add_elements(&mut self, owner: &T, set: &Name, elements: &[Element]) {
-        let all = elements.iter().map(|one| (&*one.key, None, &one.data));
+    /// New ones, each a key and what it leads to: EEXIST for what is there already.
+    pub fn add_elements<'a>(
+        &mut self,
+        owner: &T,
+        set: &Name,
+        elements: impl IntoIterator<Item = (&'a [u8], &'a Data)>,
+    ) {
+        let all = elements.into_iter().map(|(key, data)| (key, None, data));
         self.elements(owner, NFT_MSG_NEWSETELEM, set, all);
     }
 
     /// By their keys. ENOENT for one that is not there.
-    pub fn delete_elements(&mut self, owner: &T, set: &Name, elements: &[Element]) {
-        let all = elements.iter().map(|one| (&*one.key, None, &Data::Nothing));
+    pub fn delete_elements<'a>(&mut self, owner: &T, set: &Name, keys: impl IntoIterator<Item = &'a [u8]>) {
+        let all = keys.into_iter().map(|key| (key, None, &Data::Nothing));
         self.elements(owner, NFT_MSG_DELSETELEM, set, all);
     }
 

@@ -31,4 +31,4 @@ pub use expression::{Comparison, Connection, Expression, Header, Lookup, Metadat
 pub use field::{Field, Key};
 pub use name::{Name, NotAName};
 pub use rule::{Base, Chain, Hook, Kind, Rule, Verdict};
-pub use set::{Data, Dynamic, Element, Ranges, Set, Target};
+pub use set::{Data, Dynamic, Ranges, Set, Target};

@@ -1,6 +1,7 @@
 //! Sets, maps, and what is in them.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::field::{Field, Key};
 use crate::rule::Verdict;
@@ -34,18 +35,12 @@ pub struct Dynamic {
     pub timeout: Option<u64>,
 }
 
-/// One element of a set without ranges.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Element {
-    pub key: Vec<u8>,
-    pub data: Data,
-}
-
+/// What an element of a set without ranges leads to.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Data {
     Nothing,
     Verdict(Verdict),
-    Value(Vec<u8>),
+    Value(Arc<[u8]>),
 }
 
 /// The elements of a set with ranges, packed: for each the lower end's key and the upper end's, sorted.

@@ -3,7 +3,7 @@
 mod programs;
 
 use nf_tables::decode::{Body, Object, messages};
-use nf_tables::{Batch, Data, Element};
+use nf_tables::{Batch, Data};
 use programs::read::read;
 use programs::{name, program};
 use proptest::prelude::*;
@@ -97,9 +97,8 @@ fn a_cut_message_is_told() {
 #[test]
 fn no_list_of_elements_is_longer_than_an_attribute() {
     let mut batch = Batch::new(&name("weft"), 1);
-    let all: Vec<Element> =
-        (0u32..10_000).map(|n| Element { key: n.to_be_bytes().to_vec(), data: Data::Nothing }).collect();
-    batch.add_elements(&"mine", &name("many"), &all);
+    let all: Vec<[u8; 4]> = (0u32..10_000).map(u32::to_be_bytes).collect();
+    batch.add_elements(&"mine", &name("many"), all.iter().map(|key| (&key[..], &Data::Nothing)));
     let transaction = batch.finish();
     let mut read = Vec::new();
     let mut parts = 0;
@@ -112,7 +111,7 @@ fn no_list_of_elements_is_longer_than_an_attribute() {
         }
     }
     assert!(parts > 1);
-    assert_eq!(read, all.into_iter().map(|one| one.key).collect::<Vec<_>>());
+    assert_eq!(read, all.iter().map(|key| key.to_vec()).collect::<Vec<_>>());
 }
 
 #[test]

@@ -95,7 +95,7 @@ impl Metrics {
 
     pub fn observe(&self, cell: &Cell, overlay: &Overlay) {
         let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        self.containers.set(number(cell.roster().iter().count()));
+        self.containers.set(number(cell.roster().len()));
         self.free_addresses.set(number(cell.roster().ipam().free()));
         self.peers.set(number(cell.inputs().peers.len()));
         self.fenced.set(i64::from(overlay.fenced.is_some()));

@@ -120,7 +120,11 @@ impl Roster {
                 if let Some(handle) = self.by_addr.remove(addr)
                     && let Some((container, _)) = self.containers.remove(&handle)
                 {
-                    self.ports.retain(|_, holder| *holder != handle);
+                    for mapping in &container.ports {
+                        if self.ports.get(&mapping.host) == Some(&handle) {
+                            self.ports.remove(&mapping.host);
+                        }
+                    }
                     if let Some(guid) = container.owner.app()
                         && let Some(handles) = self.by_app.get_mut(&guid)
                     {
@@ -223,6 +227,14 @@ impl Roster {
 
     pub fn iter(&self) -> impl Iterator<Item = (&Arc<Container>, Presence)> {
         self.containers.values().map(|(container, presence)| (container, *presence))
+    }
+
+    pub fn len(&self) -> usize {
+        self.containers.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.containers.is_empty()
     }
 
     pub fn with_addr(&self, addr: OverlayAddr) -> Option<(&Arc<Container>, Presence)> {

@@ -27,19 +27,21 @@ impl Cell {
                 self.touched.insert(key);
                 continue;
             }
-            let (was, will) = (self.believed.get(&key).cloned(), self.wanted.get(&key).cloned());
-            let same = match (&was, &will) {
+            let (was, will) = (self.believed.get(&key), self.wanted.get(&key));
+            let same = match (was, will) {
                 (Some(Belief::Holds(is)), Some(will)) => is == will,
                 (was, will) => was.is_none() && will.is_none(),
             };
-            let list = match &will {
+            if same {
+                continue;
+            }
+            let list = match will {
                 _ if key.is_firewall() => &mut step.firewall.changes,
                 Some(_) => &mut step.lay,
                 None => &mut step.remove,
             };
-            if !same {
-                list.push(Change { key, was, will });
-            }
+            let (was, will) = (was.cloned(), will.cloned());
+            list.push(Change { key, was, will });
         }
         let changes = &step.firewall.changes;
         step.firewall.met =

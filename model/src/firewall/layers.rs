@@ -6,7 +6,9 @@
 //! that match, the last one decides whether a connection is logged.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{Hash, Hasher};
 use std::ops::Bound;
 
 use nf_tables::{Field, Key, Ranges};
@@ -26,7 +28,7 @@ pub(super) enum Shape {
 }
 
 /// What a box has besides its addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Side {
     shape: Shape,
     /// Protocol of [`Shape::Ports`]; else 0.
@@ -72,6 +74,15 @@ enum Meeting {
     Overlaps,
     /// One of them holds it.
     Within,
+}
+
+/// In one piece, since each of thousands is looked up.
+impl Hash for Side {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { shape, protocol, low, high } = self;
+        let parts = [*shape as u16, (*protocol).into(), low[0], high[0], low[1], high[1]];
+        state.write_u128(parts.into_iter().fold(0, |all, part| all << u16::BITS | u128::from(part)));
+    }
 }
 
 impl Side {
@@ -122,14 +133,6 @@ impl Side {
 }
 
 impl Egress {
-    /// By its sides, and by its addresses among those that have the same.
-    fn order(&self) -> u128 {
-        let Side { shape, protocol, low, high } = self.side;
-        let parts = [shape as u16, protocol.into(), low[0], high[0], low[1], high[1]];
-        let side = parts.into_iter().fold(0, |all, part| all << u16::BITS | u128::from(part));
-        side << u32::BITS | u128::from(self.span.0)
-    }
-
     /// Of its sides first, then of its addresses.
     fn size(&self) -> (u32, u32) {
         let sides = self.side.high.iter().zip(self.side.low).map(|(high, low)| u32::from(high - low));
@@ -235,10 +238,10 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
     };
     let mut boxes: Vec<Egress> = rules.iter().enumerate().map(egress).collect();
     let alike = boxes.windows(2).all(|pair| pair[0].log == pair[1].log);
-    if alike {
-        merge(&mut boxes);
-    }
     boxes.sort_unstable_by_key(|one| (one.span.0, one.number));
+    if alike {
+        boxes = merged(boxes);
+    }
     let mut layers: Vec<Layer> = Vec::new();
     let mut rest = boxes.as_mut_slice();
     while !rest.is_empty() {
@@ -258,16 +261,24 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
     layers
 }
 
-/// Boxes that differ in their addresses only, and touch or overlap there, become one.
-fn merge(boxes: &mut Vec<Egress>) {
-    boxes.sort_unstable_by_key(Egress::order);
-    boxes.dedup_by(|next, one| {
-        let joins = next.side == one.side && next.span.0 <= one.span.1.saturating_add(1);
-        if joins {
-            one.span.1 = one.span.1.max(next.span.1);
+/// Boxes in the order of their addresses; those that differ in them only, and touch or overlap there, become one.
+fn merged(boxes: Vec<Egress>) -> Vec<Egress> {
+    let mut merged: Vec<Egress> = Vec::with_capacity(boxes.len());
+    // The last one of each side: none behind it begins before it.
+    let mut last: HashMap<Side, usize> = HashMap::with_capacity(boxes.len());
+    for one in boxes {
+        match last.entry(one.side) {
+            Entry::Occupied(place) if one.span.0 <= merged[*place.get()].span.1.saturating_add(1) => {
+                let before: &mut Egress = &mut merged[*place.get()];
+                before.span.1 = before.span.1.max(one.span.1);
+            }
+            place => {
+                place.insert_entry(merged.len());
+                merged.push(one);
+            }
         }
-        joins
-    });
+    }
+    merged
 }
 
 /// How many boxes there are before the first whose addresses, and those of all behind it, none of them has.

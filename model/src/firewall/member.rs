@@ -27,8 +27,9 @@ pub fn member(container: &Container, app: Option<&AppPolicies>) -> Planned {
     }
     planned.extend(container.ports.iter().map(|mapping| {
         let [high, low] = mapping.container.get().to_be_bytes();
-        let to = [&addr[..], &[high, low, 0, 0]].concat();
-        element("ports", mapping.host.get().to_be_bytes(), Data::Value(to))
+        let [a, b, c, d] = addr;
+        let to = [a, b, c, d, high, low, 0, 0];
+        element("ports", mapping.host.get().to_be_bytes(), Data::Value(to.into()))
     }));
     planned
 }
@@ -81,7 +82,7 @@ fn source(container: &Container) -> [u8; 8] {
 /// The mark of what it sends.
 fn mark(app: Option<&AppPolicies>) -> Data {
     let tagged = app.and_then(|app| Some(u32::from(app.tag?.get()) | app.turn.mark()));
-    Data::Value((ALLOWED | tagged.unwrap_or_default()).to_ne_bytes().to_vec())
+    Data::Value((ALLOWED | tagged.unwrap_or_default()).to_ne_bytes().into())
 }
 
 /// Its packets of connections with this mark are let out.

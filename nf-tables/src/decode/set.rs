@@ -75,7 +75,7 @@ fn element(one: Attributes<'_>) -> Option<Found> {
     let data = match one.nest(NFTA_SET_ELEM_DATA) {
         None => Data::Nothing,
         Some(data) => match (data.bytes(NFTA_DATA_VALUE), data.nest(NFTA_DATA_VERDICT)) {
-            (Some(value), _) => Data::Value(value.to_vec()),
+            (Some(value), _) => Data::Value(value.into()),
             (None, Some(verdict)) => Data::Verdict(expression::verdict(verdict)?),
             (None, None) => return None,
         },

@@ -1,8 +1,8 @@
 //! What operators see: `nft list ruleset` of a program with everything in it, and that `nft` can read it back.
 
 use nf_tables::{
-    Base, Chain, Comparison, Connection, Data, Dynamic, Element, Expression, Field, Header, Hook, Key, Kind,
-    Lookup, Metadata, Ranges, Rule, Set, Slot, Stateful, Target, Verdict,
+    Base, Chain, Comparison, Connection, Data, Dynamic, Expression, Field, Header, Hook, Key, Kind, Lookup,
+    Metadata, Ranges, Rule, Set, Slot, Stateful, Target, Verdict,
 };
 
 use crate::programs::{Filled, Program, name};
@@ -54,7 +54,7 @@ fn sets() -> Vec<(&'static str, Set, Filled)> {
     let set = |key: &[Field], target| Set { key: Key(key.to_vec()), target, ranges: false, dynamic: None };
     let dynamic = |size, timeout| Some(Dynamic { size, timeout });
     let elements = |all: &[(&[u8], Data)]| Filled {
-        elements: all.iter().map(|(key, data)| Element { key: key.to_vec(), data: data.clone() }).collect(),
+        elements: all.iter().map(|(key, data)| (key.to_vec(), data.clone())).collect(),
         ranges: Ranges::default(),
     };
     let nothing = |all: &[&[u8]]| elements(&all.iter().map(|key| (*key, Data::Nothing)).collect::<Vec<_>>());
@@ -96,12 +96,12 @@ fn sets() -> Vec<(&'static str, Set, Filled)> {
         (
             "named",
             set(&[Field::Ipv4], Target::Value(vec![Field::Mark])),
-            elements(&[(&[10, 255, 1, 2], Data::Value(mark.to_vec()))]),
+            elements(&[(&[10, 255, 1, 2], Data::Value(mark.into()))]),
         ),
         (
             "ports",
             set(&[Field::Port], Target::Value(vec![Field::Ipv4, Field::Port])),
-            elements(&[(&[0xf2, 0x30], Data::Value(vec![10, 255, 1, 2, 0x1f, 0x90, 0, 0]))]),
+            elements(&[(&[0xf2, 0x30], Data::Value([10, 255, 1, 2, 0x1f, 0x90, 0, 0].into()))]),
         ),
         (
             "profiles",
@@ -124,7 +124,7 @@ fn sets() -> Vec<(&'static str, Set, Filled)> {
         (
             "sources",
             set(&[Field::InterfaceIndex, Field::Ipv4], Target::Value(vec![Field::Mark])),
-            elements(&[(&[&index[..], &[10, 255, 1, 2]].concat(), Data::Value(mark.to_vec()))]),
+            elements(&[(&[&index[..], &[10, 255, 1, 2]].concat(), Data::Value(mark.into()))]),
         ),
         (
             "wide",

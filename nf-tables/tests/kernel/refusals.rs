@@ -2,13 +2,14 @@
 
 use nf_tables::decode::Body;
 use nf_tables::{
-    Base, Batch, Chain, Data, Element, Expression, Field, Hook, Kind, Ranges, Rule, Set, Target, Verdict,
-    request,
+    Base, Batch, Chain, Data, Expression, Field, Hook, Kind, Ranges, Rule, Set, Target, Verdict, request,
 };
 use nix::errno::Errno;
 
 use crate::programs::name;
 use crate::world::World;
+
+const KEY: [u8; 4] = [10, 0, 0, 1];
 
 fn verdicts() -> Set {
     Set { key: [Field::Ipv4].into(), target: Target::Verdict, ranges: false, dynamic: None }
@@ -51,8 +52,9 @@ fn refused(
 #[test]
 fn an_element_that_leads_nowhere() {
     let mut world = world();
-    let nowhere = Element { key: vec![10, 0, 0, 1], data: Data::Verdict(Verdict::Goto(name("nowhere"))) };
-    let refusals = refused(&mut world, |batch| batch.add_elements(&"bad", &name("verdicts"), &[nowhere]));
+    let nowhere = Data::Verdict(Verdict::Goto(name("nowhere")));
+    let refusals =
+        refused(&mut world, |batch| batch.add_elements(&"bad", &name("verdicts"), [(&KEY[..], &nowhere)]));
     assert_eq!(refusals, [(Some("bad"), Errno::ENOENT)]);
 }
 
@@ -78,9 +80,8 @@ fn a_range_in_another() {
 #[test]
 fn what_is_missing_cannot_go() {
     let mut world = world();
-    let absent = Element { key: vec![10, 0, 0, 1], data: Data::Nothing };
     let refusals = refused(&mut world, |batch| {
-        batch.delete_elements(&"element", &name("verdicts"), std::slice::from_ref(&absent));
+        batch.delete_elements(&"element", &name("verdicts"), [&KEY[..]]);
         batch.delete_ranges(&"range", &name("wide"), &range([1; 8], [1; 8]));
         batch.delete_chain(&"chain", &name("absent"));
         batch.delete_set(&"set", &name("absent"));
@@ -92,16 +93,16 @@ fn what_is_missing_cannot_go() {
 #[test]
 fn what_is_there_is_not_new() {
     let mut world = world();
-    let element = Element { key: vec![10, 0, 0, 1], data: Data::Verdict(Verdict::Accept) };
+    let element = (&KEY[..], &Data::Verdict(Verdict::Accept));
     let mut batch = world.batch();
     batch.add_table(&());
     batch.add_chain(&(), &name("there"), &Chain::default());
-    batch.add_elements(&(), &name("verdicts"), std::slice::from_ref(&element));
+    batch.add_elements(&(), &name("verdicts"), [element]);
     assert_eq!(world.commit(batch), []);
     let refusals = refused(&mut world, |batch| {
         batch.add_chain(&"chain", &name("there"), &Chain::default());
         batch.add_set(&"set", &name("verdicts"), &verdicts());
-        batch.add_elements(&"element", &name("verdicts"), &[element]);
+        batch.add_elements(&"element", &name("verdicts"), [element]);
     });
     assert_eq!(refusals, ["chain", "set", "element"].map(|owner| (Some(owner), Errno::EEXIST)));
 }

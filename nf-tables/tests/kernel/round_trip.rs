@@ -5,7 +5,7 @@ use std::process::Command;
 
 use nf_tables::decode::{Body, Object, messages};
 use nf_tables::{
-    Base, Chain, Data, Dynamic, Element, Expression, Field, Header, Hook, Key, Kind, Ranges, Rule, Set, Slot,
+    Base, Chain, Data, Dynamic, Expression, Field, Header, Hook, Key, Kind, Ranges, Rule, Set, Slot,
     Stateful, Target, Verdict, request,
 };
 use proptest::prelude::*;
@@ -53,7 +53,7 @@ fn two_thousand_ranges_and_ten_thousand_elements() {
     let elements = (0u32..10_000)
         .map(|n| {
             let key = [n.to_be_bytes(), n.to_ne_bytes()].concat();
-            Element { key, data: Data::Value([n.to_be_bytes(), [0, 80, 0, 0]].concat()) }
+            (key, Data::Value([n.to_be_bytes(), [0, 80, 0, 0]].concat().into()))
         })
         .collect();
     let wide = Set {
@@ -78,7 +78,7 @@ fn two_thousand_ranges_and_ten_thousand_elements() {
     // And away again.
     let mut batch = world.batch();
     batch.delete_ranges(&(), &name("wide"), &ranges);
-    batch.delete_elements(&(), &name("long"), &program.sets[&name("long")].1.elements);
+    batch.delete_elements(&(), &name("long"), program.sets[&name("long")].1.elements().map(|(key, _)| key));
     assert_eq!(world.commit(batch), []);
     assert!(world.see().sets.into_values().all(|(_, filled)| filled == Filled::default()));
 }
@@ -171,7 +171,7 @@ fn packets_change_nothing_that_is_read() {
         let of_connections = *of == name("connections");
         // A packet that is over no limit ends the rule, but it is in the set.
         assert!(!of_connections || listed.contains("ct count over 100"), "{listed}");
-        filled.elements = vec![Element { key: vec![127, 0, 0, 1], data: Data::Nothing }];
+        filled.elements = vec![(vec![127, 0, 0, 1], Data::Nothing)];
     }
     assert_eq!(sorted(world.see()), sorted(program));
 }
@@ -180,13 +180,14 @@ fn packets_change_nothing_that_is_read() {
 fn an_element_anew() {
     let mut world = World::new();
     world.load(&crate::listing::program());
-    let element = |to| Element { key: vec![10, 255, 1, 2], data: Data::Verdict(to) };
+    let key = [10, 255, 1, 2];
+    let dropped = (key.to_vec(), Data::Verdict(Verdict::Drop));
     let mut batch = world.batch();
-    batch.delete_elements(&(), &name("profiles"), &[element(Verdict::Goto(name("leaf")))]);
-    batch.add_elements(&(), &name("profiles"), &[element(Verdict::Drop)]);
+    batch.delete_elements(&(), &name("profiles"), [&key[..]]);
+    batch.add_elements(&(), &name("profiles"), [(&key[..], &dropped.1)]);
     assert_eq!(world.commit(batch), []);
     let seen = world.see().sets.remove(&name("profiles")).expect("the map").1;
-    assert!(seen.elements.contains(&element(Verdict::Drop)) && seen.elements.len() == 3);
+    assert!(seen.elements.contains(&dropped) && seen.elements.len() == 3);
 }
 
 #[test]

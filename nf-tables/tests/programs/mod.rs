@@ -6,16 +6,22 @@ pub(crate) mod read;
 use std::collections::{BTreeMap, BTreeSet};
 
 use nf_tables::{
-    Base, Batch, Chain, Comparison, Connection, Data, Dynamic, Element, Expression, Field, Header, Hook, Key,
-    Kind, Lookup, Metadata, Name, Ranges, Rule, Set, Slot, Stateful, Target, Verdict,
+    Base, Batch, Chain, Comparison, Connection, Data, Dynamic, Expression, Field, Header, Hook, Key, Kind,
+    Lookup, Metadata, Name, Ranges, Rule, Set, Slot, Stateful, Target, Verdict,
 };
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Filled {
-    pub(crate) elements: Vec<Element>,
+    pub(crate) elements: Vec<(Vec<u8>, Data)>,
     pub(crate) ranges: Ranges,
+}
+
+impl Filled {
+    pub(crate) fn elements(&self) -> impl Iterator<Item = (&[u8], &Data)> {
+        self.elements.iter().map(|(key, data)| (&**key, data))
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,7 +42,7 @@ impl Program {
             batch.add_chain(&format!("chain {of}"), of, chain);
         }
         for (of, (_, filled)) in &self.sets {
-            batch.add_elements(&format!("elements of {of}"), of, &filled.elements);
+            batch.add_elements(&format!("elements of {of}"), of, filled.elements());
             batch.add_ranges(&format!("ranges of {of}"), of, &filled.ranges);
         }
     }
@@ -296,10 +302,10 @@ fn plain_set(key: Key, target: Target, seeds: &[Vec<u8>]) -> (Set, Filled) {
                 2 => Verdict::Goto(name("twig")),
                 _ => Verdict::Jump(name("leaf")),
             }),
-            Target::Value(fields) => Data::Value(bytes(fields, second)),
+            Target::Value(fields) => Data::Value(bytes(fields, second).into()),
         };
         if seen.insert(key.clone()) {
-            elements.push(Element { key, data });
+            elements.push((key, data));
         }
     }
     elements.sort();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nf_tables::decode::{Body, Found, Message, Object};
-use nf_tables::{Chain, Element, Name, Ranges, Set};
+use nf_tables::{Chain, Name, Ranges, Set};
 
 use super::{Filled, Program, name};
 
@@ -50,7 +50,7 @@ fn fill((set, filled): &mut (Set, Filled), found: Vec<Found>) {
         filled.ranges = Ranges::new(set.key.len(), ends);
     } else {
         assert_eq!(ends.len(), 0);
-        filled.elements = found.into_iter().map(|one| Element { key: one.key, data: one.data }).collect();
+        filled.elements = found.into_iter().map(|one| (one.key, one.data)).collect();
         filled.elements.sort();
     }
 }

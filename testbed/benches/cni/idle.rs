@@ -20,7 +20,7 @@ use weft_node::inbox::Question;
 use weft_proto::node::StatusResponse;
 use weft_testbed::lab::Cell;
 
-use super::call;
+use super::calls::call;
 use super::lists::List;
 
 /// Answers at once.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use weft_testbed::external_networker::{ECHO_PORT, Request};
 
 /// Rules, and whether somebody has the same.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct List {
     pub(super) rules: usize,
     new: bool,

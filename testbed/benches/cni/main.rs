@@ -4,6 +4,7 @@
 
 #[path = "../common/added.rs"]
 mod added;
+mod calls;
 #[path = "../common/mod.rs"]
 #[expect(
     dead_code,
@@ -15,21 +16,16 @@ mod lists;
 mod parts;
 mod transactions;
 
-use std::collections::VecDeque;
-use std::io::Write;
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::{Barrier, Mutex};
+use std::process::ExitCode;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use calls::{Calls, Times};
 use clap::Parser;
 use common::machine::{Machine, exit, progress};
 use lists::List;
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
 use serde::Serialize;
-use weft_testbed::external_networker::said;
 use weft_testbed::lab::Cell;
 use weft_testbed::{Lab, Options, interrupt};
 
@@ -92,6 +88,8 @@ struct Row {
     /// Of an ADD by itself: what its parts cost alone, and how many times that it takes.
     floor_ms: Option<f64>,
     to_floor: Option<f64>,
+    /// Of a row with others present: how many times that it takes without them, in the same round.
+    to_empty: Option<f64>,
 }
 
 impl Row {
@@ -104,14 +102,6 @@ impl Row {
         let floor_ms = names.into_iter().map(of).sum::<Option<f64>>().filter(|_| alone);
         Self { floor_ms, to_floor: floor_ms.map(|floor| self.times.p50_ms / floor), ..self }
     }
-}
-
-#[derive(Debug, Serialize)]
-struct Times {
-    count: usize,
-    p50_ms: f64,
-    p95_ms: f64,
-    min_ms: f64,
 }
 
 fn main() -> ExitCode {
@@ -170,14 +160,17 @@ fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
         .map(|(rules, name)| calls(name, List::known(rules)))
         .collect();
     for holder in &mut holders {
-        holder.grow_to(1)?;
+        holder.become_many(1)?;
     }
     let mut preload = calls("present", List::known(10));
     let mut cases = cases();
     for round in 0..arguments.rounds {
         progress(&format!("round {} of {}", round + 1, arguments.rounds));
-        for case in &mut cases {
-            if preload.grow_to(case.present)? {
+        // There and back, so that others come or go once a round.
+        let order: Box<dyn Iterator<Item = &mut Case>> =
+            if round % 2 == 0 { Box::new(cases.iter_mut()) } else { Box::new(cases.iter_mut().rev()) };
+        for case in order {
+            if preload.become_many(case.present)? {
                 // What many at once leave behind is no part of what one costs.
                 thread::sleep(SETTLED);
             }
@@ -185,8 +178,9 @@ fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
             let run = calls("run", case.list);
             case.rounds.push(run.measured(case.present, case.parallel, arguments.count)?);
         }
-        preload.shrink()?;
     }
+    preload.become_many(0)?;
+    compare(&mut cases);
     let mut rows: Vec<Row> = Vec::new();
     for case in cases {
         let (adds, dels): (Vec<Row>, Vec<Row>) = case.rounds.into_iter().map(|[add, del]| (add, del)).unzip();
@@ -195,9 +189,24 @@ fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
     progress(&format!("{} pairs, {PARALLEL} at once", arguments.pairs));
     rows.extend(calls("pair", List::known(10)).measured(0, PARALLEL, arguments.pairs)?);
     for holder in &mut holders {
-        holder.shrink()?;
+        holder.become_many(0)?;
     }
     Ok(rows)
+}
+
+/// With the rows of an empty cell, round by round: the machine has slow phases.
+fn compare(cases: &mut [Case]) {
+    let (empty, full): (Vec<_>, Vec<_>) = cases.iter_mut().partition(|case| case.present == 0);
+    for case in full {
+        let Some(beside) =
+            empty.iter().find(|empty| (empty.parallel, empty.list) == (case.parallel, case.list))
+        else {
+            continue;
+        };
+        for (with, without) in case.rounds.iter_mut().flatten().zip(beside.rounds.iter().flatten()) {
+            with.to_empty = Some(with.times.p50_ms / without.times.p50_ms);
+        }
+    }
 }
 
 /// Each figure is the median of the rounds; calls and failures are all there were.
@@ -215,172 +224,16 @@ fn median(rounds: Vec<Row>) -> Option<Row> {
     };
     let (client_cpu_ms, node_cpu_ms) = (of(|row| row.client_cpu_ms), of(|row| row.node_cpu_ms));
     let (failed, per_second) = (rounds.iter().map(|row| row.failed).sum(), of(|row| row.per_second));
+    let to_empty = rounds.first()?.to_empty.map(|_| of(|row| row.to_empty.unwrap_or_default()));
     let first = rounds.into_iter().next()?;
-    Some(Row { failed, times, client_cpu_ms, node_cpu_ms, per_second, ..first })
-}
-
-/// Calls of the plugin in one cell, with containers of its own.
-struct Calls<'a> {
-    cell: &'a Cell,
-    prefix: &'static str,
-    present: usize,
-    list: List,
-}
-
-/// How one call went.
-struct Call {
-    took: Duration,
-    /// What the plugin said, if it failed.
-    failure: Option<String>,
-}
-
-impl Calls<'_> {
-    fn handles(&self, count: usize) -> Vec<String> {
-        (0..count).map(|index| format!("{}-{index}", self.prefix)).collect()
-    }
-
-    /// Whether there was anything to do.
-    fn grow_to(&mut self, count: usize) -> Result<bool> {
-        let new = self.handles(count).split_off(self.present);
-        if new.is_empty() {
-            return Ok(false);
-        }
-        self.namespaces(&new, true)?;
-        none_failed(self.all("ADD", &new, 4)?)?;
-        self.present = count;
-        Ok(true)
-    }
-
-    fn shrink(&mut self) -> Result<()> {
-        let all = self.handles(self.present);
-        self.present = 0;
-        none_failed(self.all("DEL", &all, 4)?)?;
-        self.namespaces(&all, false)
-    }
-
-    /// One at a time: each container comes and goes. Many at once: as many come, then they go.
-    fn measured(&self, present: usize, parallel: usize, count: usize) -> Result<[Row; 2]> {
-        let mut cpu = [[0.0; 2]; 2];
-        let mut elapsed = [Duration::ZERO; 2];
-        let handles = self.handles(count);
-        let mut calls: [Vec<Call>; 2] = Default::default();
-        for batch in handles.chunks(parallel) {
-            interrupt::check()?;
-            self.namespaces(batch, true)?;
-            for (index, verb) in ["ADD", "DEL"].into_iter().enumerate() {
-                let before = self.cpu()?;
-                let began = Instant::now();
-                calls[index].extend(self.all(verb, batch, parallel)?);
-                elapsed[index] += began.elapsed();
-                let after = self.cpu()?;
-                for side in 0..2 {
-                    cpu[index][side] += after[side] - before[side];
-                }
-            }
-            self.namespaces(batch, false)?;
-        }
-        let [adds, dels] = calls;
-        let row = |verb: &'static str, calls: Vec<Call>, [client, node]: [f64; 2], elapsed: Duration| {
-            let failures: Vec<&String> = calls.iter().filter_map(|call| call.failure.as_ref()).collect();
-            if let Some(first) = failures.first() {
-                eprintln!("bench: {} of {} {verb} failed, the first: {first}", failures.len(), calls.len());
-            }
-            let failed = failures.len();
-            let all = as_f64(calls.len());
-            let times = Times::of(calls.iter().filter(|call| call.failure.is_none()).map(|call| call.took));
-            Row {
-                verb,
-                present,
-                parallel,
-                rules: self.list.rules,
-                list: self.list.name(),
-                failed,
-                times,
-                client_cpu_ms: client / all,
-                node_cpu_ms: node / all,
-                per_second: all / elapsed.as_secs_f64(),
-                floor_ms: None,
-                to_floor: None,
-            }
-        };
-        Ok([row("ADD", adds, cpu[0], elapsed[0]), row("DEL", dels, cpu[1], elapsed[1])])
-    }
-
-    /// Milliseconds spent so far by all ended children of this process, and by the node.
-    fn cpu(&self) -> Result<[f64; 2]> {
-        let node = self.cell.node.process().context("the node has ended")?;
-        Ok([children_cpu_ms()?, node.cpu_time().as_secs_f64() * 1000.0])
-    }
-
-    /// Makes or removes the containers' namespaces: not part of any figure.
-    fn namespaces(&self, handles: &[String], make: bool) -> Result<()> {
-        for handle in handles {
-            if make { self.cell.create_namespace(handle) } else { self.cell.remove_namespace(handle) }?;
-        }
-        Ok(())
-    }
-
-    /// Calls the plugin for every handle, `parallel` at once.
-    fn all(&self, verb: &str, handles: &[String], parallel: usize) -> Result<Vec<Call>> {
-        let del = self.cell.del_input()?.to_string();
-        let mut prepared = VecDeque::new();
-        for handle in handles {
-            let input = match verb {
-                "ADD" => self.cell.add_input(&self.list.request(handle)?)?.to_string(),
-                _ => del.clone(),
-            };
-            let mut command = Command::new(self.cell.plugin_dir().join("weft-cni"));
-            command.env_clear().envs(self.cell.environment(verb, handle));
-            prepared.push_back((command, input));
-        }
-        let queue = Mutex::new(prepared);
-        // All start at once, from within the cell.
-        let barrier = Barrier::new(parallel);
-        let work = || {
-            let entered = self.cell.place.move_thread();
-            barrier.wait();
-            entered?;
-            let mut calls = Vec::new();
-            loop {
-                let next = queue.lock().ok().and_then(|mut queue| queue.pop_front());
-                let Some((mut command, input)) = next else { return Ok(calls) };
-                calls.push(call(&mut command, input.as_bytes())?);
-            }
-        };
-        thread::scope(|scope| {
-            let threads: Vec<_> = (0..parallel).map(|_| scope.spawn(work)).collect();
-            let mut calls = Vec::new();
-            for thread in threads {
-                let done: Result<Vec<Call>> =
-                    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                calls.extend(done?);
-            }
-            Ok(calls)
-        })
-    }
-}
-
-/// From before the spawn until the process is reaped and its output read.
-fn call(command: &mut Command, input: &[u8]) -> Result<Call> {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let start = Instant::now();
-    let mut child = command.spawn().context("execute weft-cni")?;
-    drop(child.stdin.take().map(|mut stdin| stdin.write_all(input)));
-    let output = child.wait_with_output()?;
-    let took = start.elapsed();
-    Ok(Call { took, failure: (!output.status.success()).then(|| said(&output)) })
-}
-
-fn none_failed(calls: Vec<Call>) -> Result<()> {
-    let failure = calls.into_iter().find_map(|call| call.failure);
-    failure.map_or(Ok(()), |failure| Err(anyhow::anyhow!("{failure}")))
+    Some(Row { failed, times, client_cpu_ms, node_cpu_ms, per_second, to_empty, ..first })
 }
 
 impl Report {
     fn print(&self) {
         println!("{}\n", self.machine);
         println!(
-            "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>8} {:>8} {:>10} {:>8} {:>6}",
+            "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8} {:>10} {:>8} {:>6}",
             "",
             "rules",
             "list",
@@ -391,6 +244,7 @@ impl Report {
             "p50 ms",
             "floor ms",
             "/ floor",
+            "/ empty",
             "p95 ms",
             "min ms",
             "client CPU",
@@ -402,7 +256,7 @@ impl Report {
             let or_none =
                 |figure: Option<f64>| figure.map_or_else(String::new, |figure| format!("{figure:.2}"));
             println!(
-                "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8.2} {:>8} {:>8} {:>8.2} {:>8.2} {:>10.2} {:>8.2} {:>6.0}",
+                "{:<4} {:>5} {:<5} {:>7} {:>8} {:>6} {:>6} {:>8.2} {:>8} {:>8} {:>7} {:>8.2} {:>8.2} {:>10.2} {:>8.2} {:>6.0}",
                 row.verb,
                 row.rules,
                 row.list,
@@ -413,6 +267,7 @@ impl Report {
                 times.p50_ms,
                 or_none(row.floor_ms),
                 or_none(row.to_floor),
+                or_none(row.to_empty),
                 times.p95_ms,
                 times.min_ms,
                 row.client_cpu_ms,
@@ -425,27 +280,4 @@ impl Report {
             println!("{what:<76} {:>9.3} {:>9.3} {:>9.3}", times.p50_ms, times.p95_ms, times.min_ms);
         }
     }
-}
-
-impl Times {
-    fn of(times: impl Iterator<Item = Duration>) -> Self {
-        let mut sorted: Vec<f64> = times.map(|time| time.as_secs_f64() * 1000.0).collect();
-        sorted.sort_by(f64::total_cmp);
-        let count = sorted.len();
-        let at = |percent: usize| sorted.get((count * percent / 100).min(count.saturating_sub(1))).copied();
-        let or_zero = |value: Option<f64>| value.unwrap_or_default();
-        Self { count, p50_ms: or_zero(at(50)), p95_ms: or_zero(at(95)), min_ms: or_zero(at(0)) }
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts of calls are small")]
-fn as_f64(count: usize) -> f64 {
-    count as f64
-}
-
-fn children_cpu_ms() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
-    let micros = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-    #[expect(clippy::cast_precision_loss, reason = "microseconds of CPU of one run fit")]
-    Ok(micros as f64 / 1000.0)
 }

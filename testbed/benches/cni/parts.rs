@@ -16,9 +16,10 @@ use weft_proto::node::containers_client::ContainersClient;
 use weft_testbed::external_networker::INTERFACE;
 use weft_testbed::lab::{Cell, programs};
 
+use super::calls::call;
 use super::idle::Idle;
 use super::transactions::{self, Transactions};
-use super::{Times, WARM_UPS, call, interrupt, progress};
+use super::{Times, WARM_UPS, interrupt, progress};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Part {

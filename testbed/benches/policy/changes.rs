@@ -91,7 +91,8 @@ struct Case {
     bytes: usize,
 }
 
-pub(super) fn measure(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
+/// `case`: only those whose names have that in them.
+pub(super) fn measure(rounds: usize, repeat: usize, case: &str) -> Result<Vec<Row>> {
     let (none, all) = (Stock::Policies(Vec::new()), Stock::Policies(policies(8080)));
     let changed = Stock::Policies(policies(8081));
     let groups = |groups| Stock::Groups(groups);
@@ -112,6 +113,7 @@ pub(super) fn measure(rounds: usize, repeat: usize) -> Result<Vec<Row>> {
     let lists = (0..CONTAINERS).map(|n| group(n, &list(n, RULES, Ports::Usual))).collect();
     let none = groups(Vec::new());
     cases.push(Case::new("50 lists of 1,000 rules", "1.5 x bare", Spaces::Many, [none, groups(lists)])?);
+    cases.retain(|one| one.name.contains(case));
     for round in 0..rounds {
         progress(&format!("changes: round {} of {rounds}", round + 1));
         for case in in_turns(&mut cases, round) {

@@ -39,6 +39,9 @@ struct Arguments {
     /// Only these parts
     #[arg(long, value_enum)]
     only: Vec<Only>,
+    /// Of the changes, only those whose names have this in them
+    #[arg(long, default_value = "")]
+    case: String,
     /// Given by `cargo bench`
     #[arg(long, hide = true)]
     bench: bool,
@@ -73,7 +76,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let foundation = if wants(Only::Foundation) { foundation::measure(arguments.polls)? } else { Vec::new() };
     stay_on_one_processor()?;
     let changes = match wants(Only::Changes) {
-        true => changes::measure(arguments.rounds, arguments.repeat)?,
+        true => changes::measure(arguments.rounds, arguments.repeat, &arguments.case)?,
         false => Vec::new(),
     };
     let report = Report { bench: "policy", machine, rounds: arguments.rounds, changes, foundation };

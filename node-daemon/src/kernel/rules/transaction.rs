@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use nf_tables::batch::{Batch, Transaction};
-use nf_tables::{Chain, Data, Element, Name};
+use nf_tables::{Chain, Data, Name};
 use weft_model::cell::{Belief, Change, Key, Object};
 use weft_model::firewall::{Content, Filled, Part, refuses};
 
@@ -15,6 +15,9 @@ struct Item<'a> {
     was: Option<&'a Content>,
     will: Option<&'a Content>,
 }
+
+/// Whose it is, its map, its key and what it leads to.
+type Element<'a> = (&'a Key, &'a Name, (&'a [u8], &'a Data));
 
 /// `first`: the number of the first message. `anew`: the table is replaced.
 pub(super) fn transaction<'a>(
@@ -44,8 +47,8 @@ pub(super) fn transaction<'a>(
             batch.add_chain(&item.key, name, &Chain { base: chain.base, rules: Vec::new() });
         }
     }
-    for (key, name, old) in items.iter().filter_map(Item::old_element) {
-        batch.delete_elements(&key, name, &[old]);
+    for (owner, name, (key, _)) in items.iter().filter_map(Item::old_element) {
+        batch.delete_elements(&owner, name, [key]);
     }
     // The kernel shows packets sets of ranges one after the other, in this order, and a moment later than all else of the
     // transaction (nft_set_commit_update in nf_tables_api.c): with those first that refuse, nothing passes in between.
@@ -57,8 +60,8 @@ pub(super) fn transaction<'a>(
     for (item, name, chain) in items.iter().filter_map(Item::laid_chain) {
         batch.replace_rules(&item.key, name, &chain.rules);
     }
-    for (key, name, new) in items.iter().filter_map(Item::new_element) {
-        batch.add_elements(&key, name, &[new]);
+    for (owner, name, new) in items.iter().filter_map(Item::new_element) {
+        batch.add_elements(&owner, name, [new]);
     }
     let gone = |item: &&Item<'_>| item.was.is_some() && item.will.is_none();
     for Item { key, part, .. } in items.iter().filter(gone) {
@@ -104,20 +107,17 @@ impl<'a> Item<'a> {
         }
     }
 
-    fn old_element(&self) -> Option<(&'a Key, &'a Name, Element)> {
+    fn old_element(&self) -> Option<Element<'a>> {
         self.was.and_then(|was| self.element(was))
     }
 
-    fn new_element(&self) -> Option<(&'a Key, &'a Name, Element)> {
+    fn new_element(&self) -> Option<Element<'a>> {
         self.will.and_then(|will| self.element(will))
     }
 
-    fn element(&self, content: &Content) -> Option<(&'a Key, &'a Name, Element)> {
+    fn element(&self, content: &'a Content) -> Option<Element<'a>> {
         match (self.part, content) {
-            (Part::Element(name, key), Content::Element(data)) => {
-                let data: Data = data.clone();
-                Some((self.key, name, Element { key: key.to_vec(), data }))
-            }
+            (Part::Element(name, key), Content::Element(data)) => Some((self.key, name, (&**key, data))),
             _ => None,
         }
     }
