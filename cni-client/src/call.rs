@@ -16,11 +16,14 @@ use hyper_util::rt::TokioIo;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
+use weft_model::profile::Digest;
 use weft_model::reason::Reason;
 use weft_proto::convert;
 use weft_proto::node::containers_client::ContainersClient;
-use weft_proto::node::{self, AddRequest, CheckRequest, CollectRequest, DeleteRequest, ReadyRequest};
+use weft_proto::node::{
+    self, AddKnownRequest, AddRequest, AddResponse, CheckRequest, CollectRequest, DeleteRequest, ReadyRequest,
+};
 use weft_proto::status::reason_of;
 
 use crate::environment::{Attachment, Command};
@@ -36,17 +39,20 @@ const PONG: Duration = Duration::from_secs(5);
 /// For the whole call. The daemon has a shorter deadline of its own, so this one speaks only if the daemon hangs.
 const CALL: Duration = Duration::from_secs(60);
 
+/// Bytes of rules, some hundred of them, that cost more to send than to name.
+const LONG: usize = 16 << 10;
+
 /// What the daemon is asked for.
 #[derive(Debug)]
-pub(crate) enum Asked {
-    Add(Attachment, Box<Addition>),
+pub(crate) enum Asked<'a> {
+    Add(Attachment, Box<Addition<'a>>),
     Check(Attachment, Ours),
     Delete(Attachment),
     Collect(Vec<node::Attachment>),
     Ready,
 }
 
-impl Asked {
+impl Asked<'_> {
     fn namespace(&self) -> Option<&Path> {
         match self {
             Self::Add(attachment, _) | Self::Check(attachment, _) | Self::Delete(attachment) => {
@@ -60,7 +66,7 @@ impl Asked {
 pub(crate) fn make(
     command: Command,
     conf: &NetConf,
-    asked: Asked,
+    asked: Asked<'_>,
     version: Version,
 ) -> Result<Option<String>, Reason> {
     let namespace = open_namespace(command, asked.namespace())?;
@@ -89,7 +95,7 @@ fn open_namespace(command: Command, path: Option<&Path>) -> Result<Option<OwnedF
 
 async fn call(
     conf: &NetConf,
-    asked: Asked,
+    asked: Asked<'_>,
     version: Version,
     namespace: Option<OwnedFd>,
 ) -> Result<Option<String>, Reason> {
@@ -117,13 +123,13 @@ async fn call(
                 owner: Some(addition.owner),
                 ports: convert::ports_to(&addition.ports),
                 settings: Some(convert::settings_to(&addition.settings)),
-                net_out_rules: addition.net_out_rules,
+                net_out_rules: Vec::new(),
                 network: conf.name.clone(),
                 receives: addition.bandwidth.to.map(convert::limit_to),
                 sends: addition.bandwidth.from.map(convert::limit_to),
                 namespace: path.clone(),
             };
-            let added = client.add(request).await.map_err(failed)?.into_inner();
+            let added = add(&mut client, request, addition.net_out_rules).await.map_err(failed)?;
             let sandbox = namespace.as_deref().unwrap_or_else(|| Path::new(""));
             let Addition { nameservers, previous, .. } = *addition;
             Ok(Some(output::added(version, &added, &interface, sandbox, &nameservers, previous)))
@@ -148,6 +154,29 @@ async fn call(
         }
         Asked::Ready => client.ready(ReadyRequest {}).await.map(|_| None).map_err(failed),
     }
+}
+
+/// A long list is named at first: the node knows most of them, and need not be sent them.
+async fn add(
+    client: &mut ContainersClient<Channel>,
+    request: AddRequest,
+    rules: &[u8],
+) -> Result<AddResponse, Status> {
+    if rules.len() > LONG {
+        let net_out_rules = Digest::of_bytes(rules).to_bytes().into();
+        let known = AddKnownRequest { add: Some(request.clone()), net_out_rules };
+        match client.add_known(known).await {
+            Err(status) if is_unknown(&status) => {}
+            answer => return answer.map(Response::into_inner),
+        }
+    }
+    let request = AddRequest { net_out_rules: rules.to_vec(), ..request };
+    client.add(request).await.map(Response::into_inner)
+}
+
+/// The rules, to the node; or the call, to one of another version.
+fn is_unknown(status: &Status) -> bool {
+    matches!(status.code(), Code::NotFound | Code::Unimplemented) && reason_of(status).is_none()
 }
 
 async fn connect(socket: &Path, namespace: Option<OwnedFd>) -> Result<Channel, String> {

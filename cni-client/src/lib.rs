@@ -34,28 +34,28 @@ impl From<Reason> for Failure {
 
 /// What a runtime wants, understood.
 #[derive(Debug)]
-pub struct Call(Wanted);
+pub struct Call<'a>(Wanted<'a>);
 
 #[derive(Debug)]
-enum Wanted {
+enum Wanted<'a> {
     /// The answer, for which nobody needs to be asked.
     Versions(String),
     OfNode {
         command: Command,
         conf: NetConf,
-        asked: Asked,
+        asked: Asked<'a>,
         version: Version,
     },
 }
 
 /// Understands a call: its other variables, and what is on standard input. `version`: the one in which even an error is given,
 /// as soon as it is known.
-pub fn parse(
+pub fn parse<'a>(
     command: Command,
     var: impl Fn(&str) -> Option<String>,
-    stdin: &[u8],
+    stdin: &'a [u8],
     version: &mut Version,
-) -> Result<Call, Reason> {
+) -> Result<Call<'a>, Reason> {
     let conf = Fields::document(stdin)?;
     if command == Command::Version {
         return Ok(Call(Wanted::Versions(output::versions(&netconf::given_version(&conf)?))));
@@ -66,7 +66,7 @@ pub fn parse(
     Ok(Call(Wanted::OfNode { command, conf: NetConf::parse(&conf)?, asked, version: *version }))
 }
 
-impl Call {
+impl Call<'_> {
     /// Does it. What goes to standard output, if anything.
     pub fn make(self) -> Result<Option<String>, Failure> {
         let (command, conf, asked, version) = match self.0 {
@@ -94,12 +94,12 @@ fn supports(version: Version, command: Command) -> Result<(), Reason> {
     Err(Reason::CniVersionUnsupported { given: version.as_str().into(), supported })
 }
 
-fn ask(
+fn ask<'a>(
     command: Command,
     var: impl Fn(&str) -> Option<String>,
-    conf: &Fields<'_>,
+    conf: &Fields<'a>,
     version: Version,
-) -> Result<Asked, Reason> {
+) -> Result<Asked<'a>, Reason> {
     Ok(match command {
         Command::Add => {
             let attachment = Attachment::read(command, var)?;

@@ -67,7 +67,7 @@ pub(crate) struct NetConf {
 
 /// What an ADD needs beside it. No other call looks at it: a wrong field must not keep a container from being deleted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Addition {
+pub(crate) struct Addition<'a> {
     /// Bytes; 0: what the overlay carries.
     pub(crate) mtu: u32,
     pub(crate) owner: Owner,
@@ -77,7 +77,7 @@ pub(crate) struct Addition {
     /// For the result, as they were given.
     pub(crate) nameservers: Vec<String>,
     /// JSON, passed on as it is.
-    pub(crate) net_out_rules: Vec<u8>,
+    pub(crate) net_out_rules: &'a [u8],
     /// What plugins before this one made.
     pub(crate) previous: Previous,
 }
@@ -135,8 +135,8 @@ pub(crate) fn valid_attachments(conf: &Fields<'_>) -> Result<Vec<Attachment>, Re
     attachments.collect()
 }
 
-impl Addition {
-    pub(crate) fn parse(conf: &Fields<'_>, version: Version) -> Result<Self, Reason> {
+impl<'a> Addition<'a> {
+    pub(crate) fn parse(conf: &Fields<'a>, version: Version) -> Result<Self, Reason> {
         let mtu = match conf.get("mtu")? {
             None => 0,
             Some(mtu) => {
@@ -149,7 +149,7 @@ impl Addition {
         let runtime = conf.object(fields::RUNTIME)?;
         let (ports, net_out_rules) = match &runtime {
             Some(runtime) => runtime::ports_and_rules(runtime)?,
-            None => (Vec::new(), Vec::new()),
+            None => (Vec::new(), &[][..]),
         };
         let settings = settings::settings(conf, &nameservers)?;
         let nameservers = nameservers.into_iter().map(|(given, _)| given).collect();

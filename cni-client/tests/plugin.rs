@@ -22,13 +22,14 @@ use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::once;
 use tonic::{Request, Response, Status};
+use weft_model::profile::Digest;
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, CollectRequest, CollectResponse, ConnectionRate,
-    DeleteRequest, DeleteResponse, DenyNetworks, ExplainRequest, ExplainResponse, HostService, Network,
-    OutboundConnections, PortMapping, ReadyRequest, ReadyResponse, Settings, StatusRequest, StatusResponse,
-    Transport,
+    AddKnownRequest, AddRequest, AddResponse, CheckRequest, CheckResponse, CollectRequest, CollectResponse,
+    ConnectionRate, DeleteRequest, DeleteResponse, DenyNetworks, ExplainRequest, ExplainResponse,
+    HostService, Network, OutboundConnections, PortMapping, ReadyRequest, ReadyResponse, Settings,
+    StatusRequest, StatusResponse, Transport,
 };
 use weft_proto::status::to_status;
 
@@ -36,6 +37,9 @@ use weft_proto::status::to_status;
 #[derive(Debug, Default)]
 struct Arrived {
     adds: Vec<AddRequest>,
+    /// Whether the node knows the rules that it is asked for.
+    knows: bool,
+    known: Vec<AddKnownRequest>,
     checks: Vec<CheckRequest>,
     deletes: Vec<DeleteRequest>,
     collections: Vec<CollectRequest>,
@@ -67,6 +71,15 @@ impl Containers for Node {
             container_mac: vec![0xee, 0xee, 10, 255, 30, 2],
             mtu: 1450,
         })
+    }
+
+    async fn add_known(&self, request: Request<AddKnownRequest>) -> Result<Response<AddResponse>, Status> {
+        let mut arrived = self.arrived.lock().unwrap();
+        arrived.known.push(request.into_inner());
+        match arrived.knows {
+            true => self.answer(AddResponse { address: 0x0aff_1e02, ..AddResponse::default() }),
+            false => Err(Status::not_found("not known")),
+        }
     }
 
     async fn check(&self, request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
@@ -340,6 +353,31 @@ fn what_a_container_may_do_reaches_the_node() {
         ..expected
     };
     assert_eq!(arrived.adds[1], plain);
+}
+
+/// They are sent to a node that does not know them.
+#[test]
+fn long_rules_are_named_by_their_digest_first() {
+    let world = World::new(None);
+    let mut conf = world.conf("1.0.0");
+    let rule = json!({"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.9"}], "ports": [{"start": 443}]});
+    conf["runtimeConfig"]["netOutRules"] = vec![rule; 300].into();
+    let rules = conf["runtimeConfig"]["netOutRules"].to_string().into_bytes();
+    assert!(world.run("ADD", &conf).status.success());
+    {
+        let mut arrived = world.arrived.lock().unwrap();
+        assert_eq!((arrived.known.len(), arrived.adds.len()), (1, 1));
+        let asked = AddKnownRequest {
+            add: Some(AddRequest { net_out_rules: Vec::new(), ..arrived.adds[0].clone() }),
+            net_out_rules: Digest::of_bytes(&rules).to_bytes().into(),
+        };
+        assert_eq!((&arrived.known[0], &arrived.adds[0].net_out_rules), (&asked, &rules));
+        arrived.knows = true;
+    }
+    assert!(world.run("ADD", &conf).status.success());
+    let arrived = world.arrived.lock().unwrap();
+    assert_eq!((arrived.known.len(), arrived.adds.len()), (2, 1));
+    assert_eq!(arrived.known[1], arrived.known[0]);
 }
 
 #[test]

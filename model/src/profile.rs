@@ -207,12 +207,24 @@ pub struct Digest(u128);
 pub fn digest_of(value: &impl Hash) -> Digest {
     let mut fed = Fed(Vec::new());
     value.hash(&mut fed);
-    let mut first = [0; 16];
-    first.copy_from_slice(&Sha256::digest(&fed.0)[..16]);
-    Digest(u128::from_be_bytes(first))
+    Digest::of_bytes(&fed.0)
 }
 
 impl Digest {
+    pub fn of_bytes(bytes: &[u8]) -> Self {
+        let mut first = [0; 16];
+        first.copy_from_slice(&Sha256::digest(bytes)[..16]);
+        Self(u128::from_be_bytes(first))
+    }
+
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_be_bytes()
+    }
+
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_be_bytes(bytes))
+    }
+
     /// 31 bits of it, never 0: marks connections that this profile's rules let out.
     pub fn mark(self) -> u32 {
         let low = u32::try_from(self.0 & 0x7fff_ffff).unwrap_or_default();

@@ -16,16 +16,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
-use tonic::{Request, Response, Status};
+use tonic::{Extensions, Request, Response, Status};
 use weft_model::address::OverlayAddr;
 use weft_model::asg::garden;
 use weft_model::cell::Wanted;
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
 use weft_proto::node::{
-    AddRequest, AddResponse, CheckRequest, CheckResponse, CollectRequest, CollectResponse, DeleteRequest,
-    DeleteResponse, ExplainRequest, ExplainResponse, ReadyRequest, ReadyResponse, StatusRequest,
-    StatusResponse,
+    AddKnownRequest, AddRequest, AddResponse, CheckRequest, CheckResponse, CollectRequest, CollectResponse,
+    DeleteRequest, DeleteResponse, ExplainRequest, ExplainResponse, ReadyRequest, ReadyResponse,
+    StatusRequest, StatusResponse,
 };
 use weft_proto::{convert, status::to_status};
 
@@ -151,8 +151,8 @@ struct Api<C> {
 
 impl<C: Calls> Api<C> {
     /// The container's namespace, as the connection brought it.
-    fn namespace<T>(&self, request: &Request<T>) -> Result<OwnedFd, Reason> {
-        let descriptor = request.extensions().get::<Peer>().and_then(Peer::take_namespace);
+    fn namespace(&self, extensions: &Extensions) -> Result<OwnedFd, Reason> {
+        let descriptor = extensions.get::<Peer>().and_then(Peer::take_namespace);
         let descriptor = descriptor.ok_or_else(|| Reason::InvalidField {
             field: "namespace".into(),
             why: "the connection brought no descriptor of the container's network namespace".into(),
@@ -204,14 +204,30 @@ fn is_network_namespace(descriptor: &OwnedFd) -> bool {
 #[tonic::async_trait]
 impl<C: Calls> Containers for Api<C> {
     async fn add(&self, request: Request<AddRequest>) -> Result<Response<AddResponse>, Status> {
-        let namespace = self.namespace(&request).map_err(|reason| to_status(&reason))?;
+        let namespace = self.namespace(request.extensions()).map_err(|reason| to_status(&reason))?;
         let wanted = self.wanted(request.into_inner()).await.map_err(|reason| to_status(&reason))?;
         let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
         Ok(Response::new(convert::added_to(&link)))
     }
 
+    async fn add_known(&self, request: Request<AddKnownRequest>) -> Result<Response<AddResponse>, Status> {
+        let (_, extensions, AddKnownRequest { add, net_out_rules }) = request.into_parts();
+        let known = || {
+            let asked = convert::asked_from(add.unwrap_or_default())?;
+            let rules = convert::rules_from(&net_out_rules)?;
+            let known = self.profiles.known(asked.owner.workload(), &asked.settings, rules);
+            Ok(known.map(|profile| convert::wanted(asked, profile)))
+        };
+        let known = known().map_err(|reason: Reason| to_status(&reason))?;
+        let wanted =
+            known.ok_or_else(|| Status::not_found("the rules are not known; they have to be passed"))?;
+        let namespace = self.namespace(&extensions).map_err(|reason| to_status(&reason))?;
+        let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
+        Ok(Response::new(convert::added_to(&link)))
+    }
+
     async fn check(&self, request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {
-        let namespace = self.namespace(&request).map_err(|reason| to_status(&reason))?;
+        let namespace = self.namespace(request.extensions()).map_err(|reason| to_status(&reason))?;
         let CheckRequest { handle, interface, address, mtu, without_default_route } = request.into_inner();
         let checked = async {
             let remembered = Remembered {

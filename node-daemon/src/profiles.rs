@@ -28,12 +28,18 @@ const LONG: usize = 32 << 10;
 const REPORTED: usize = 20;
 
 /// What a profile follows from.
-#[derive(Debug, Clone, Hash)]
+#[derive(Debug, Clone)]
 pub struct Passed {
     pub workload: Workload,
     pub settings: Settings,
     /// As they came: JSON.
     pub net_out_rules: Vec<u8>,
+}
+
+impl Passed {
+    fn digest(&self) -> Digest {
+        digest_of(&(self.workload, &self.settings, Digest::of_bytes(&self.net_out_rules)))
+    }
 }
 
 /// Profiles by what they follow from.
@@ -53,7 +59,7 @@ struct Memory {
 impl Profiles {
     /// The profile that follows; the same each time, as long as somebody uses it. `handle` is whom it is for.
     pub async fn get(&self, passed: Passed, handle: &Handle) -> Result<Arc<Known>, Reason> {
-        let digest = digest_of(&passed);
+        let digest = passed.digest();
         if let Some(known) = self.memory().known.get(&digest) {
             return Ok(Arc::clone(known));
         }
@@ -68,6 +74,11 @@ impl Profiles {
             report(handle, &skipped);
         }
         Ok(known)
+    }
+
+    /// The profile that follows from rules of that digest, if it is known.
+    pub fn known(&self, workload: Workload, settings: &Settings, rules: Digest) -> Option<Arc<Known>> {
+        self.memory().known.get(&digest_of(&(workload, settings, rules))).cloned()
     }
 
     /// Each change is whole, so what another has left is good whatever became of it.
@@ -200,7 +211,7 @@ mod tests {
     async fn what_is_known_is_not_looked_into_again() {
         let profiles = Profiles::default();
         // No list that could be worked out.
-        let (kept, _) = profiles.memory().keep(digest_of(&passed("known")), Known::default());
+        let (kept, _) = profiles.memory().keep(passed("known").digest(), Known::default());
         assert!(Arc::ptr_eq(&kept, &profiles.get(passed("known"), &handle()).await.unwrap()));
         profiles.get(passed("unknown"), &handle()).await.unwrap_err();
     }

@@ -19,21 +19,24 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tempfile::TempDir;
 use tokio::net::UnixStream;
-use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::asg::garden;
 use weft_model::cell::Wanted;
 use weft_model::container::Handle;
 use weft_model::firewall::explain::Explanation;
 use weft_model::link::LinkSpec;
-use weft_model::profile::{Settings, Workload};
+use weft_model::profile::{Digest, Settings, Workload};
 use weft_model::reason::Reason;
 use weft_node::api::{ApiError, Socket};
 use weft_node::calls::{Calls, Remembered, Valid};
 use weft_node::inbox::Question;
+use weft_proto::convert::settings_to;
 use weft_proto::node::containers_client::ContainersClient;
-use weft_proto::node::{AddRequest, DeleteRequest, Owner, PortMapping, StatusRequest, StatusResponse};
+use weft_proto::node::{
+    AddKnownRequest, AddRequest, DeleteRequest, Owner, PortMapping, StatusRequest, StatusResponse,
+};
 use weft_proto::status::reason_of;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -227,6 +230,40 @@ async fn what_a_container_may_do_is_decoded_and_shared() {
     world.wanted(AddRequest { net_out_rules: longest, ..passed.clone() }).await.unwrap();
     let wrong = world.wanted(AddRequest { net_out_rules: b"{}".to_vec(), ..passed }).await.unwrap_err();
     assert!(matches!(&wrong, Reason::InvalidField { field, .. } if field == garden::FIELD), "{wrong:?}");
+}
+
+/// What is known need not be sent again; and asking for what is not costs the connection nothing.
+#[tokio::test]
+async fn known_rules_are_found_by_their_digest() {
+    let world = World::new();
+    let rules = br#"[{"networks":[{"start":"1.1.1.1"}]}]"#;
+    let known = |settings: Settings| {
+        let add = AddRequest { settings: Some(settings_to(&settings)), ..request() };
+        AddKnownRequest { add: Some(add), net_out_rules: Digest::of_bytes(rules).to_bytes().into() }
+    };
+    let unknown = |status: Status| assert_eq!((status.code(), reason_of(&status)), (Code::NotFound, None));
+    let mut client = world.client(vec![another_namespace()]).await;
+    unknown(client.add_known(known(Settings::default())).await.unwrap_err());
+    assert_eq!(world.calls(), 0);
+    client.add(AddRequest { net_out_rules: rules.to_vec(), ..request() }).await.unwrap();
+    let first = world.calls.1.lock().unwrap().pop().unwrap();
+
+    let mut client = world.client(vec![another_namespace()]).await;
+    let logging = Settings { log_all: true, ..Settings::default() };
+    unknown(client.add_known(known(logging)).await.unwrap_err());
+    client.add_known(known(Settings::default())).await.unwrap();
+    let second = world.calls.1.lock().unwrap().pop().unwrap();
+    assert!(Arc::ptr_eq(&first.profile, &second.profile));
+
+    for (asked, named) in [
+        (known(Settings::default()), "namespace"),
+        (AddKnownRequest { net_out_rules: vec![7; 15], ..known(Settings::default()) }, "net_out_rules"),
+        (AddKnownRequest { add: None, ..known(Settings::default()) }, "handle"),
+    ] {
+        let wrong = world.client(Vec::new()).await.add_known(asked).await.unwrap_err();
+        let wrong = reason_of(&wrong).unwrap();
+        assert!(matches!(&wrong, Reason::InvalidField { field, .. } if field.contains(named)), "{wrong:?}");
+    }
 }
 
 #[tokio::test]

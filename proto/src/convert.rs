@@ -14,7 +14,7 @@ use weft_model::address::{DeviceName, HardwareAddr, UnderlayAddr};
 use weft_model::bandwidth::{Bandwidth, Limit};
 use weft_model::firewall::explain::{Explanation, Probe};
 use weft_model::lease::{Changes, Cursor, Digest, Epoch, Holder, Lease, Revision};
-use weft_model::profile::{Known, Settings};
+use weft_model::profile::{self, Known, Settings};
 use weft_model::reason::Reason;
 use weft_model::subnet::{OverlaySubnet, SubnetKind};
 use weft_model::{cell, container, lease, link};
@@ -162,6 +162,14 @@ pub struct Asked {
     pub network: String,
     pub bandwidth: Bandwidth,
     pub namespace: String,
+}
+
+/// The digest that names rules.
+pub fn rules_from(digest: &[u8]) -> Result<profile::Digest, Reason> {
+    digest.try_into().map(profile::Digest::from_bytes).map_err(|_| Reason::InvalidField {
+        field: "net_out_rules".into(),
+        why: format!("{} bytes are no digest, which has 16", digest.len()),
+    })
 }
 
 pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {

@@ -32,7 +32,7 @@ pub(super) fn owner(conf: &Fields<'_>) -> Result<Owner, Reason> {
 }
 
 /// Mapped ports, and the rules as they are.
-pub(super) fn ports_and_rules(runtime: &Fields<'_>) -> Result<(Vec<PortMapping>, Vec<u8>), Reason> {
+pub(super) fn ports_and_rules<'a>(runtime: &Fields<'a>) -> Result<(Vec<PortMapping>, &'a [u8]), Reason> {
     let mappings = runtime.list("portMappings")?;
     let ports = mappings.iter().enumerate().map(|(n, mapping)| port_mapping(n, mapping));
     let ports = ports.collect::<Result<Vec<_>, _>>()?;
@@ -44,7 +44,7 @@ pub(super) fn ports_and_rules(runtime: &Fields<'_>) -> Result<(Vec<PortMapping>,
         return Err(invalid(garden::FIELD, "is not a list of rules"));
     }
     garden::check_size(rules.len())?;
-    Ok((ports, rules.as_bytes().to_vec()))
+    Ok((ports, rules.as_bytes()))
 }
 
 /// Names as garden spells them, or as CNI's conventions do (capability `portMappings`).

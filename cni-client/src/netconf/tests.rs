@@ -5,16 +5,16 @@ use weft_model::bandwidth::Limit;
 
 use super::*;
 
-fn read<T>(text: &[u8], part: impl FnOnce(&Fields<'_>) -> Result<T, Reason>) -> Result<T, Reason> {
+fn read<'a, T>(text: &'a [u8], part: impl FnOnce(&Fields<'a>) -> Result<T, Reason>) -> Result<T, Reason> {
     part(&Fields::document(text)?)
 }
 
-fn addition_of(text: &[u8]) -> Result<Addition, Reason> {
+fn addition_of(text: &[u8]) -> Result<Addition<'_>, Reason> {
     read(text, |conf| Addition::parse(conf, version_of(conf)?))
 }
 
-fn addition(conf: &Value) -> Addition {
-    addition_of(conf.to_string().as_bytes()).expect("valid")
+fn addition(conf: &Value) -> Addition<'static> {
+    addition_of(conf.to_string().leak().as_bytes()).expect("valid")
 }
 
 /// The field that is refused, and what is said about it.

@@ -5,6 +5,7 @@
 
 use std::net::Ipv4Addr;
 
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -39,7 +40,7 @@ pub fn parse(json: &[u8]) -> Result<Rules, Reason> {
         .map_err(|why| invalid(format!("it is not the array of rules that it should be: {why}")))?;
     let mut parsed = Rules::default();
     for (index, rule) in (0..).zip(passed) {
-        match Rule::parse(rule) {
+        match Rule::plain(rule).map_or_else(|| Rule::parse(rule), Ok) {
             Ok(rule) if parsed.rules.len() + rule.pairs() + parsed.skipped.len() > MAX_RULES => {
                 return Err(too_many());
             }
@@ -70,6 +71,7 @@ fn too_many() -> Reason {
 }
 
 /// One of garden's rules.
+#[derive(Debug, PartialEq, Eq)]
 struct Rule {
     networks: Vec<AddrRange>,
     /// Each of these to each of the networks.
@@ -77,7 +79,44 @@ struct Rule {
     log: bool,
 }
 
+/// A rule for TCP or UDP as Go writes it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Plain<'a> {
+    protocol: u8,
+    #[serde(borrow)]
+    networks: Vec<PlainRange<&'a str>>,
+    ports: Vec<PlainRange<u16>>,
+    #[serde(default)]
+    log: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlainRange<T> {
+    start: T,
+    end: T,
+}
+
 impl Rule {
+    /// Nearly all are plain, and are read in a fourth of the time; none for one that is not, or is wrong.
+    fn plain(json: &RawValue) -> Option<Self> {
+        let plain: Plain<'_> = serde_json::from_str(json.get()).ok()?;
+        let traffic = match plain.protocol {
+            1 => Traffic::Tcp,
+            2 => Traffic::Udp,
+            _ => return None,
+        };
+        let network = |range: &PlainRange<&str>| {
+            AddrRange::new(range.start.parse().ok()?, range.end.parse().ok()?).ok()
+        };
+        let ports = |range: &PlainRange<u16>| PortRange::new(range.start, range.end).ok().map(traffic);
+        let networks: Vec<AddrRange> = plain.networks.iter().map(network).collect::<Option<_>>()?;
+        let traffic: Vec<Traffic> = plain.ports.iter().map(ports).collect::<Option<_>>()?;
+        let whole = !networks.is_empty() && !traffic.is_empty();
+        whole.then_some(Self { networks, traffic, log: plain.log })
+    }
+
     fn parse(json: &RawValue) -> Result<Self, String> {
         let rule: Value =
             serde_json::from_str(json.get()).map_err(|why| format!("it cannot be read: {why}"))?;
@@ -213,5 +252,52 @@ impl<'a> Fields<'a> {
             Some(Value::Array(list)) => Ok(list),
             Some(other) => Err(format!("{name}: `{other}` is not an array")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn ranges<T: serde::Serialize + std::fmt::Debug>(
+        ends: impl Strategy<Value = T> + Clone,
+    ) -> impl Strategy<Value = Value> {
+        let one = (ends.clone(), ends).prop_map(|(start, end)| json!({"start": start, "end": end}));
+        proptest::collection::vec(one, 0..3).prop_map(Value::from)
+    }
+
+    /// Most of them plain, some spelled otherwise or wrong.
+    fn rules() -> impl Strategy<Value = Value> {
+        let addrs =
+            prop_oneof![9 => Just("10.0.0.7"), 3 => Just("9.9.9.9"), 1 => Just(""), 1 => Just("10.0.0")];
+        let ports = prop_oneof![9 => 0_u32..3, 1 => 65_535_u32..65_537];
+        let name = |plain: &'static str, other: &'static str| prop_oneof![9 => Just(plain), 1 => Just(other)];
+        let names = (name("protocol", "Protocol"), name("ports", "icmps"), name("log", "new"));
+        (names, 0_i32..4, ranges(addrs), ranges(ports), any::<Option<bool>>()).prop_map(
+            |((protocol, ports, log), number, networks, ranges, value)| {
+                json!({protocol: number, "networks": networks, ports: ranges, log: value})
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_read_quickly_is_what_is_read_slowly(rule in rules()) {
+            let json = RawValue::from_string(rule.to_string()).expect("JSON");
+            if let Some(plain) = Rule::plain(&json) {
+                prop_assert_eq!(Ok(plain), Rule::parse(&json), "{}", rule);
+            }
+        }
+    }
+
+    #[test]
+    fn what_go_writes_is_read_quickly() {
+        let rule = json!({"protocol": 1, "networks": [{"start": "9.9.9.9", "end": "9.9.9.10"}], "ports": [{"start": 80, "end": 81}]});
+        let json = RawValue::from_string(rule.to_string()).expect("JSON");
+        assert_eq!(Rule::plain(&json), Rule::parse(&json).ok());
+        assert!(Rule::plain(&json).is_some());
     }
 }
