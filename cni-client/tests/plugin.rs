@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::once;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use weft_model::profile::Digest;
 use weft_model::reason::Reason;
 use weft_proto::node::containers_server::{Containers, ContainersServer};
@@ -37,8 +37,8 @@ use weft_proto::status::to_status;
 #[derive(Debug, Default)]
 struct Arrived {
     adds: Vec<AddRequest>,
-    /// Whether the node knows the rules that it is asked for.
-    knows: bool,
+    /// The node does not know the rules that it is asked for, and says so.
+    unknown: Option<Code>,
     known: Vec<AddKnownRequest>,
     checks: Vec<CheckRequest>,
     deletes: Vec<DeleteRequest>,
@@ -76,9 +76,9 @@ impl Containers for Node {
     async fn add_known(&self, request: Request<AddKnownRequest>) -> Result<Response<AddResponse>, Status> {
         let mut arrived = self.arrived.lock().unwrap();
         arrived.known.push(request.into_inner());
-        match arrived.knows {
-            true => self.answer(AddResponse { address: 0x0aff_1e02, ..AddResponse::default() }),
-            false => Err(Status::not_found("not known")),
+        match arrived.unknown {
+            None => self.answer(AddResponse { address: 0x0aff_1e02, ..AddResponse::default() }),
+            Some(code) => Err(Status::new(code, "not known")),
         }
     }
 
@@ -363,21 +363,23 @@ fn long_rules_are_named_by_their_digest_first() {
     let rule = json!({"protocol": 1, "networks": [{"start": "10.0.0.1", "end": "10.0.0.9"}], "ports": [{"start": 443}]});
     conf["runtimeConfig"]["netOutRules"] = vec![rule; 300].into();
     let rules = conf["runtimeConfig"]["netOutRules"].to_string().into_bytes();
-    assert!(world.run("ADD", &conf).status.success());
-    {
-        let mut arrived = world.arrived.lock().unwrap();
-        assert_eq!((arrived.known.len(), arrived.adds.len()), (1, 1));
+    // An older node does not know the call.
+    for (n, unknown) in [(1, Code::NotFound), (2, Code::Unimplemented)] {
+        world.arrived.lock().unwrap().unknown = Some(unknown);
+        assert!(world.run("ADD", &conf).status.success());
+        let arrived = world.arrived.lock().unwrap();
+        assert_eq!((arrived.known.len(), arrived.adds.len()), (n, n));
+        let last = &arrived.adds[n - 1];
         let asked = AddKnownRequest {
-            add: Some(AddRequest { net_out_rules: Vec::new(), ..arrived.adds[0].clone() }),
+            add: Some(AddRequest { net_out_rules: Vec::new(), ..last.clone() }),
             net_out_rules: Digest::of_bytes(&rules).to_bytes().into(),
         };
-        assert_eq!((&arrived.known[0], &arrived.adds[0].net_out_rules), (&asked, &rules));
-        arrived.knows = true;
+        assert_eq!((&arrived.known[n - 1], &last.net_out_rules), (&asked, &rules));
     }
+    world.arrived.lock().unwrap().unknown = None;
     assert!(world.run("ADD", &conf).status.success());
     let arrived = world.arrived.lock().unwrap();
-    assert_eq!((arrived.known.len(), arrived.adds.len()), (2, 1));
-    assert_eq!(arrived.known[1], arrived.known[0]);
+    assert_eq!((arrived.known.len(), arrived.adds.len()), (3, 2));
 }
 
 #[test]

@@ -161,6 +161,11 @@ impl<C: Calls> Api<C> {
         Ok(descriptor)
     }
 
+    async fn lay(&self, wanted: Wanted, namespace: OwnedFd) -> Result<Response<AddResponse>, Status> {
+        let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
+        Ok(Response::new(convert::added_to(&link)))
+    }
+
     async fn wanted(&self, request: AddRequest) -> Result<Wanted, Reason> {
         let mut asked = convert::asked_from(request)?;
         let passed = Passed {
@@ -206,24 +211,18 @@ impl<C: Calls> Containers for Api<C> {
     async fn add(&self, request: Request<AddRequest>) -> Result<Response<AddResponse>, Status> {
         let namespace = self.namespace(request.extensions()).map_err(|reason| to_status(&reason))?;
         let wanted = self.wanted(request.into_inner()).await.map_err(|reason| to_status(&reason))?;
-        let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
-        Ok(Response::new(convert::added_to(&link)))
+        self.lay(wanted, namespace).await
     }
 
     async fn add_known(&self, request: Request<AddKnownRequest>) -> Result<Response<AddResponse>, Status> {
         let (_, extensions, AddKnownRequest { add, net_out_rules }) = request.into_parts();
-        let known = || {
-            let asked = convert::asked_from(add.unwrap_or_default())?;
-            let rules = convert::rules_from(&net_out_rules)?;
-            let known = self.profiles.known(asked.owner.workload(), &asked.settings, rules);
-            Ok(known.map(|profile| convert::wanted(asked, profile)))
-        };
-        let known = known().map_err(|reason: Reason| to_status(&reason))?;
-        let wanted =
-            known.ok_or_else(|| Status::not_found("the rules are not known; they have to be passed"))?;
+        let known = convert::known_from(add, &net_out_rules).map_err(|reason| to_status(&reason))?;
+        let (asked, rules) = known;
+        let profile = self.profiles.known(asked.owner.workload(), &asked.settings, rules);
+        let unknown = || Status::not_found("the rules are not known; they have to be passed");
+        let wanted = convert::wanted(asked, profile.ok_or_else(unknown)?);
         let namespace = self.namespace(&extensions).map_err(|reason| to_status(&reason))?;
-        let link = self.calls.add(wanted, namespace).await.map_err(|reason| to_status(&reason))?;
-        Ok(Response::new(convert::added_to(&link)))
+        self.lay(wanted, namespace).await
     }
 
     async fn check(&self, request: Request<CheckRequest>) -> Result<Response<CheckResponse>, Status> {

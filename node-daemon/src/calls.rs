@@ -32,6 +32,13 @@ pub struct Valid {
     pub attachments: BTreeSet<(String, String)>,
 }
 
+impl Valid {
+    /// Whether it ends a container of that network.
+    pub fn ends(&self, network: &str, handle: &Handle, interface: &DeviceName) -> bool {
+        network == self.network && !self.attachments.contains(&(handle.to_string(), interface.to_string()))
+    }
+}
+
 /// The calls of `node.proto`, decoded. The daemon's implementation is the handle of the inbox.
 pub trait Calls: Clone + Send + Sync + 'static {
     /// Gives the container an address and lays its link; `namespace` is the container's.

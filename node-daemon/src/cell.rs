@@ -90,6 +90,8 @@ struct Running<K> {
     forgetting_fails: bool,
     /// Calls to add containers, for which there are addresses in a moment.
     parked: Vec<Request>,
+    /// Containers leave in this wave: then their addresses rest.
+    leaving: bool,
     /// Why the journal lacks something.
     unwritten: Option<Reason>,
     /// Containers' ends are being told of another MTU.
@@ -125,6 +127,7 @@ impl<K: Kernel> Task<K> {
             forgot_at: None,
             forgetting_fails: false,
             parked: Vec::new(),
+            leaving: false,
             unwritten: None,
             fitting: false,
             unfit: BTreeSet::new(),
@@ -281,12 +284,16 @@ mod tests {
     #[test]
     fn notifications_put_the_look_off_but_not_for_ever() {
         let begin = Instant::now();
-        let mut heard = None;
-        for n in 0..100 {
-            let now = begin + QUIET * n / 10;
-            let next = Heard::again(heard, now);
-            assert_eq!(next.look_at(), (now + QUIET).min(begin + LATEST));
-            heard = Some(next);
+        let at = |millis| begin + Duration::from_millis(millis);
+        let mut heard = Heard::again(None, begin);
+        assert_eq!(heard.look_at(), at(1_000));
+        for millis in (500..3_500).step_by(500) {
+            heard = Heard::again(Some(heard), at(millis));
         }
+        assert_eq!(heard.look_at(), at(4_000), "a second after the last");
+        for millis in (3_500..9_000).step_by(500) {
+            heard = Heard::again(Some(heard), at(millis));
+        }
+        assert_eq!(heard.look_at(), at(5_000), "5 s after the first");
     }
 }

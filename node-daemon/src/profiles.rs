@@ -4,8 +4,8 @@
 //! group rule that a new list has and that cannot be what was meant.
 //!
 //! Most containers of a cell come with one of few lists, of up to a thousand rules each. A list that is known costs its
-//! digest, which nobody can make collide (SHA-256), and a look into a map. The list itself is not kept: 50 of a thousand
-//! rules are 5 MB of JSON.
+//! digest (128 bits of SHA-256), which the plugin may have taken, and a look into a map. The list itself is not kept: 50 of
+//! a thousand rules are 5 MB of JSON.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -255,10 +255,12 @@ async fn known_rules_are_found_by_their_digest() {
     let second = world.calls.1.lock().unwrap().pop().unwrap();
     assert!(Arc::ptr_eq(&first.profile, &second.profile));
 
+    let both = AddRequest { net_out_rules: rules.to_vec(), ..request() };
     for (asked, named) in [
         (known(Settings::default()), "namespace"),
         (AddKnownRequest { net_out_rules: vec![7; 15], ..known(Settings::default()) }, "net_out_rules"),
         (AddKnownRequest { add: None, ..known(Settings::default()) }, "handle"),
+        (AddKnownRequest { add: Some(both), ..known(Settings::default()) }, "net_out_rules"),
     ] {
         let wrong = world.client(Vec::new()).await.add_known(asked).await.unwrap_err();
         let wrong = reason_of(&wrong).unwrap();

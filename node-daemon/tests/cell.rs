@@ -126,6 +126,7 @@ struct World {
     fails: Arc<AtomicUsize>,
     refuses: Arc<AtomicUsize>,
     late: Arc<AtomicBool>,
+    names: Directory,
     directory: TempDir,
 }
 
@@ -181,6 +182,7 @@ impl World {
         let (guard, guarded) = watch::channel(Guard::Ours);
         let mut cell = Cell::new(walk::start(0).inputs().config.clone());
         cell.replay(records);
+        let names = Directory::default();
         let metrics = Arc::new(Metrics::new(&mut Registry::default()));
         let task = Task {
             cell,
@@ -192,7 +194,7 @@ impl World {
             underlay: Underlay { addresses: vec![walk::underlay(100).get()], ..Underlay::default() },
             guard: guarded,
             policies: None,
-            names: Directory::default(),
+            names: names.clone(),
             metrics,
         };
         let started = task.start().await.unwrap();
@@ -205,7 +207,7 @@ impl World {
             happened.recv().await.map(|event| (event, happened))
         });
         let task = tokio::spawn(started.run(happened, touches));
-        Self { inbox, overlay, guard, touched, events, task, changes, fails, refuses, late, directory }
+        Self { inbox, overlay, guard, touched, events, task, changes, fails, refuses, late, names, directory }
     }
 
     /// As if the daemon were killed and started again.

@@ -164,12 +164,16 @@ pub struct Asked {
     pub namespace: String,
 }
 
-/// The digest that names rules.
-pub fn rules_from(digest: &[u8]) -> Result<profile::Digest, Reason> {
-    digest.try_into().map(profile::Digest::from_bytes).map_err(|_| Reason::InvalidField {
-        field: "net_out_rules".into(),
-        why: format!("{} bytes are no digest, which has 16", digest.len()),
-    })
+/// What is asked for, and the digest that names its rules.
+pub fn known_from(add: Option<node::AddRequest>, rules: &[u8]) -> Result<(Asked, profile::Digest), Reason> {
+    let wrong = |why| Reason::InvalidField { field: "net_out_rules".into(), why };
+    let asked = asked_from(add.unwrap_or_default())?;
+    if !asked.net_out_rules.is_empty() {
+        return Err(wrong("are passed, and named by a digest as well".into()));
+    }
+    let digest =
+        rules.try_into().map_err(|_| wrong(format!("{} bytes are no digest, which has 16", rules.len())))?;
+    Ok((asked, profile::Digest::from_bytes(digest)))
 }
 
 pub fn asked_from(request: node::AddRequest) -> Result<Asked, Reason> {

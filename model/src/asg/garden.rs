@@ -3,9 +3,12 @@
 //!
 //! Garden is written in Go: names are found whatever their case, and what is zero is left out.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::net::Ipv4Addr;
 
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -80,37 +83,62 @@ struct Rule {
 }
 
 /// A rule for TCP or UDP as Go writes it.
-#[derive(Deserialize)]
+#[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Plain<'a> {
     protocol: u8,
     #[serde(borrow)]
-    networks: Vec<PlainRange<&'a str>>,
-    ports: Vec<PlainRange<u16>>,
+    networks: Vec<Object<PlainRange<&'a str>>>,
+    ports: Vec<Object<PlainRange<u16>>>,
     #[serde(default)]
     log: bool,
 }
 
-#[derive(Deserialize)]
+#[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PlainRange<T> {
     start: T,
     end: T,
 }
 
+/// An object: by itself, a structure would be read from an array as well.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(Fields(PhantomData))
+    }
+}
+
 impl Rule {
     /// Nearly all are plain, and are read in a fourth of the time; none for one that is not, or is wrong.
     fn plain(json: &RawValue) -> Option<Self> {
-        let plain: Plain<'_> = serde_json::from_str(json.get()).ok()?;
+        let Object::<Plain<'_>>(plain) = serde_json::from_str(json.get()).ok()?;
         let traffic = match plain.protocol {
             1 => Traffic::Tcp,
             2 => Traffic::Udp,
             _ => return None,
         };
-        let network = |range: &PlainRange<&str>| {
+        let network = |Object(range): &Object<PlainRange<&str>>| {
             AddrRange::new(range.start.parse().ok()?, range.end.parse().ok()?).ok()
         };
-        let ports = |range: &PlainRange<u16>| PortRange::new(range.start, range.end).ok().map(traffic);
+        let ports = |Object(range): &Object<PlainRange<u16>>| {
+            PortRange::new(range.start, range.end).ok().map(traffic)
+        };
         let networks: Vec<AddrRange> = plain.networks.iter().map(network).collect::<Option<_>>()?;
         let traffic: Vec<Traffic> = plain.ports.iter().map(ports).collect::<Option<_>>()?;
         let whole = !networks.is_empty() && !traffic.is_empty();
@@ -262,10 +290,14 @@ mod tests {
 
     use super::*;
 
+    /// An array in the place of an object is none.
     fn ranges<T: serde::Serialize + std::fmt::Debug>(
         ends: impl Strategy<Value = T> + Clone,
     ) -> impl Strategy<Value = Value> {
-        let one = (ends.clone(), ends).prop_map(|(start, end)| json!({"start": start, "end": end}));
+        let one = (ends.clone(), ends, 0..10).prop_map(|(start, end, odd)| match odd {
+            0 => json!([start, end]),
+            _ => json!({"start": start, "end": end}),
+        });
         proptest::collection::vec(one, 0..3).prop_map(Value::from)
     }
 
@@ -290,6 +322,9 @@ mod tests {
             if let Some(plain) = Rule::plain(&json) {
                 prop_assert_eq!(Ok(plain), Rule::parse(&json), "{}", rule);
             }
+            let parts = rule.as_object().into_iter().flat_map(|rule| rule.values().cloned());
+            let array = RawValue::from_string(Value::Array(parts.collect()).to_string()).expect("JSON");
+            prop_assert_eq!(Rule::plain(&array), None);
         }
     }
 

@@ -1,6 +1,7 @@
 //! An audit: belief becomes what was seen, and what differs from what is wanted is touched.
 
 use std::collections::BTreeSet;
+use std::mem;
 use std::sync::Arc;
 
 use super::unit::plan;
@@ -65,6 +66,9 @@ impl Cell {
         self.believed.extend(seen);
         if self.wanted != plan(&self.inputs) {
             drift.push(Drift::Bug);
+            // Nothing that was planned before is relied on.
+            self.touched.extend(mem::take(&mut self.wanted).into_keys());
+            self.units.clear();
             self.replan_all();
         }
         drift
@@ -116,5 +120,26 @@ impl Cell {
         for addr in ended.collect::<Vec<_>>() {
             self.record(Record::Resting(addr));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::walk;
+
+    /// Whatever the fault was, it does not stay.
+    #[test]
+    fn what_is_wanted_by_mistake_is_planned_anew() {
+        let mut cell = walk::start(3);
+        cell.add(walk::wanted(1)).expect("added");
+        let planned = cell.wanted.clone();
+        let (lost, _) = cell.wanted.pop_first().expect("a key");
+        let (_, object) = cell.wanted.pop_last().expect("a key");
+        cell.wanted.insert(lost, object);
+        let seen = cell.believed.iter().filter(|(key, _)| Scope::Links.has(key));
+        let seen = seen.map(|(key, belief)| (key.clone(), belief.clone())).collect();
+        assert!(cell.audit(Scope::Links, seen).contains(&Drift::Bug));
+        assert_eq!(cell.wanted, planned);
     }
 }

@@ -358,6 +358,18 @@ mod tests {
             }
         }
 
+        /// What differs in its addresses only is one box.
+        #[test]
+        fn no_two_boxes_of_one_side_touch(rules in rules()) {
+            let boxes: Vec<(Side, Span)> = layers(&rules, true).into_iter().flat_map(|layer| layer.boxes).collect();
+            for (n, (side, (first, last))) in boxes.iter().enumerate() {
+                for (other, (from, to)) in &boxes[..n] {
+                    let touch = *first <= to.saturating_add(1) && *from <= last.saturating_add(1);
+                    prop_assert!(side != other || !touch, "{:?} {} to {} and {} to {}", side, first, last, from, to);
+                }
+            }
+        }
+
         /// No box is lost, and none is laid that another layer's holds already.
         #[test]
         fn every_rule_lies_within_the_layers(rules in rules(), log_all in any::<bool>()) {

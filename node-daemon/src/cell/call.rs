@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::task::spawn_blocking;
 use tracing::{Level, error, info, warn};
-use weft_model::address::DeviceName;
+use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::cell::{Belief, Dropped, Key, Object, OverlayIngress, Presence, Scope};
 use weft_model::container::{Container, Handle};
 use weft_model::firewall::explain::{Explanation, Route, explain};
@@ -67,16 +67,16 @@ impl<K: Kernel> Running<K> {
             Dropped::Absent => None,
             Dropped::Leaving(addr) => Some(addr),
         });
-        Asked::Delete { addrs: leaving.collect(), reply }
+        let addrs: Vec<OverlayAddr> = leaving.collect();
+        self.leaving |= !addrs.is_empty();
+        Asked::Delete { addrs, reply }
     }
 
     /// The containers of a network that its runtime does not know.
     pub(super) fn stale(&self, valid: &Valid) -> Vec<Handle> {
         let containers = self.task.cell.roster().iter().map(|(container, _)| container);
-        let stale = containers.filter(|container| {
-            let attachment = (container.handle.to_string(), container.interface.to_string());
-            container.network == valid.network && !valid.attachments.contains(&attachment)
-        });
+        let stale = containers
+            .filter(|container| valid.ends(&container.network, &container.handle, &container.interface));
         stale.map(|container| container.handle.clone()).collect()
     }
 

@@ -9,6 +9,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tracing::warn;
 use weft_model::address::OverlayAddr;
+use weft_model::cell::Wanted;
 use weft_model::reason::Reason;
 
 use super::Running;
@@ -23,7 +24,21 @@ impl<K: Kernel> Running<K> {
     /// Whether no address is free, and some will be in a moment.
     pub(super) fn addresses_come(&self) -> bool {
         let full = matches!(self.task.cell.ready(), Err(Reason::SubnetFull { .. }));
-        full && !self.task.cell.roster().resting().is_empty() && !self.forgetting_fails
+        let some = self.leaving || !self.task.cell.roster().resting().is_empty();
+        full && some && !self.forgetting_fails
+    }
+
+    /// Who waits for an address and is not wanted any more.
+    pub(super) fn refuse_parked(&mut self, unwanted: impl Fn(&Wanted) -> bool) {
+        let parked = mem::take(&mut self.parked);
+        for request in parked {
+            match request {
+                Request::Add { wanted, reply, .. } if unwanted(&wanted) => {
+                    drop(reply.send(Err(Reason::Busy)))
+                }
+                other => self.parked.push(other),
+            }
+        }
     }
 
     /// When the next walk is due, if any is; `now`, if it is.

@@ -38,23 +38,22 @@ impl<K: Kernel> Running<K> {
         }
         let mut asked = Vec::new();
         let mut namespaces = Namespaces::new();
-        for request in requests {
+        let told = |request: &Request| matches!(request, Request::Forgotten(_) | Request::NotForgotten(_));
+        let (told, requests): (Vec<_>, Vec<_>) = requests.into_iter().partition(told);
+        // Who waits for an address is before who has just come.
+        for request in told.into_iter().chain(mem::take(&mut self.parked)).chain(requests) {
             self.edit(request, &mut asked, &mut namespaces).await;
-        }
-        if !self.addresses_come() {
-            for request in mem::take(&mut self.parked) {
-                self.edit(request, &mut asked, &mut namespaces).await;
-            }
         }
         self.write_journal();
         if let Some(why) = self.unwritten.clone() {
             // Nothing that is not in the journal may be laid: an unknown container would lose its address.
             asked = self.refuse_adds(asked, &why);
         }
-        if std::mem::take(&mut self.table_touched) {
+        if mem::take(&mut self.table_touched) {
             self.look(Scope::Firewall).await;
         }
         let failed = self.carry_out(&asked, &namespaces).await;
+        self.leaving = false;
         self.write_journal();
         for asked in asked {
             self.answer(asked, &failed);
@@ -119,10 +118,14 @@ impl<K: Kernel> Running<K> {
             Request::Delete { handle, interface, reply } => {
                 // Another interface is not ours: a runtime ends in this way what it could not begin.
                 let found = self.task.cell.roster().get(&handle);
-                let handles = found.filter(|(container, _)| container.interface == interface).map(|_| handle);
-                asked.push(self.delete(handles, reply));
+                let ours = found.is_none_or(|(container, _)| container.interface == interface);
+                if ours {
+                    self.refuse_parked(|wanted| wanted.handle == handle && wanted.interface == interface);
+                }
+                asked.push(self.delete(ours.then_some(handle), reply));
             }
             Request::Collect { valid, reply } => {
+                self.refuse_parked(|wanted| valid.ends(&wanted.network, &wanted.handle, &wanted.interface));
                 let stale = self.stale(&valid);
                 for handle in &stale {
                     info!(%handle, "container deleted: its runtime knows it no more");
@@ -221,7 +224,9 @@ impl<K: Kernel> Running<K> {
 
     /// Whether a container can be added.
     fn ready(&self) -> Result<(), Reason> {
-        self.task.cell.ready().map_err(|reason| self.explained(reason))?;
+        if !self.addresses_come() {
+            self.task.cell.ready().map_err(|reason| self.explained(reason))?;
+        }
         self.unwritten.clone().map_or(Ok(()), Err)
     }
 

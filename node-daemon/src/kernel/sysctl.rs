@@ -25,16 +25,18 @@ struct Proc {
 }
 
 impl Proc {
-    fn serve(&mut self) -> Option<Arc<OwnedFd>> {
+    /// What to use, and what nobody is to use any more.
+    fn serve(&mut self) -> [Option<Arc<OwnedFd>>; 2] {
+        let mut old = None;
         if self.served.is_multiple_of(SERVES) {
             match mount() {
-                Ok(fresh) => self.own = Some(Arc::new(fresh)),
+                Ok(fresh) => old = self.own.replace(Arc::new(fresh)),
                 Err(e) if self.served == 0 => tracing::warn!(error = %e, "no procfs of our own, using /proc"),
                 Err(_) => {}
             }
         }
         self.served = self.served.checked_add(1).unwrap_or(SERVES);
-        self.own.clone()
+        [self.own.clone(), old]
     }
 }
 
@@ -54,7 +56,8 @@ pub(super) fn ipv6_off(device: &DeviceName) -> io::Result<()> {
 
 /// Sets a switch to 1.
 fn write(switch: &str) -> io::Result<()> {
-    let own = PROC.lock().unwrap_or_else(PoisonError::into_inner).serve();
+    // The old one is closed when the file is, and holds nobody up.
+    let [own, _old] = PROC.lock().unwrap_or_else(PoisonError::into_inner).serve();
     let flags = OFlags::WRONLY | OFlags::CLOEXEC;
     let file = match own {
         Some(proc) => openat(proc, format!("sys/{switch}"), flags, Mode::empty())?,

@@ -8,6 +8,7 @@ use weft_model::container::{Owner, PortMapping};
 use weft_model::profile::Profile;
 use weft_model::{reason::Reason, walk};
 use weft_node::calls::{Calls, Remembered, Valid};
+use weft_node::directory::Directory;
 use weft_node::kernel::events::Event;
 
 use crate::{World, ip, links, namespace, nft, own_lease, table, wait_for, within};
@@ -226,11 +227,36 @@ fn a_full_subnet_takes_another_as_soon_as_one_leaves() {
         }
         let full = world.add(40, namespace()).await;
         assert!(matches!(full, Err(Reason::SubnetFull { .. })), "{full:?}");
-        for n in 25..30 {
-            world.delete(n).await.unwrap();
-        }
-        let calls = (0..5).map(|n| world.add(n, namespace()));
-        let answers = futures::future::join_all(calls).await;
-        assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+        assert!(world.inbox.ready().await.is_err());
+        // Five leave and six come, all at once: the last has no place.
+        let leave = futures::future::join_all((25..30).map(|n| world.delete(n)));
+        let come = futures::future::join_all((0..6).map(|n| world.add(n, namespace())));
+        let (left, come) = tokio::join!(leave, come);
+        assert!(left.iter().all(Result::is_ok), "{left:?}");
+        assert!(come[..5].iter().all(Result::is_ok), "{come:?}");
+        assert!(matches!(come[5], Err(Reason::SubnetFull { .. })), "{come:?}");
+        // Whom its runtime gives up while it waits never comes.
+        let (left, waits, gone) = tokio::join!(world.delete(0), world.add(7, namespace()), world.delete(7));
+        assert!(
+            left.is_ok() && gone.is_ok() && matches!(waits, Err(Reason::Busy)),
+            "{left:?} {waits:?} {gone:?}"
+        );
+        world.add(8, namespace()).await.unwrap();
+    });
+}
+
+#[test]
+fn those_who_are_there_have_names() {
+    within(async || {
+        let world = World::start(own_lease()).await;
+        let addr = world.add(1, namespace()).await.unwrap();
+        let named = |names: &Directory| names.present(addr).map(|container| container.handle.clone());
+        wait_for(|| named(&world.names) == Some(walk::handle(1)), "its name").await;
+        let world = world.restart(own_lease()).await;
+        wait_for(|| named(&world.names) == Some(walk::handle(1)), "its name").await;
+        let entered = world.names.named(addr, None, std::time::SystemTime::UNIX_EPOCH).container.unwrap();
+        assert_eq!(entered.profile.unwrap().digest(), walk::wanted(1).profile.digest());
+        world.delete(1).await.unwrap();
+        wait_for(|| named(&world.names).is_none(), "no name").await;
     });
 }
