@@ -22,7 +22,6 @@ pub mod journal;
 mod kept;
 pub mod kernel;
 pub mod lease_stream;
-mod memory;
 pub mod metrics;
 pub mod overlay;
 pub mod policy_server;

@@ -31,7 +31,6 @@ use crate::inbox::inbox;
 use crate::journal::Journal;
 use crate::kernel::{Counted, Kernel, LinkCounters, Netlink, events, nflog, ruleset_events};
 use crate::lease_stream::{Controllers, LeaseStream};
-use crate::memory;
 use crate::metrics::Metrics;
 use crate::metrics::measured::{self, Measured};
 use crate::overlay::Overlay;
@@ -153,7 +152,6 @@ pub async fn run(config: Config, level: Level) -> Result<()> {
     let started = task.start().await?;
     info!(underlay = %config.underlay_ip, version = env!("CARGO_PKG_VERSION"), "started");
     tokio::spawn(started.run(events, touched));
-    tokio::spawn(memory::give_back_regularly());
     let measure: http::Measure = Box::new(move || Box::pin(Arc::clone(&measured).measure()));
     let registry = Arc::new(registry);
     tokio::spawn(http::serve_measured(health_listener, move || health(&leases), registry, measure));
