@@ -107,7 +107,7 @@ impl Scene {
     }
 
     fn add(&mut self) {
-        let n = u8::try_from(self.cell.roster().iter().count()).expect("few");
+        let n = u8::try_from(self.cell.roster().len()).expect("few");
         // The subnet is full.
         let _ = self.cell.add(walk::wanted(n));
     }

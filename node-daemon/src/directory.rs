@@ -13,7 +13,7 @@ use weft_model::policy::Policies;
 use weft_model::profile::Known;
 
 /// How long a container that has left is still named: records come a moment after their packets.
-pub const REMEMBERED: Duration = Duration::from_secs(1);
+const REMEMBERED: Duration = Duration::from_secs(1);
 
 /// A handle; all of them are of one directory.
 #[derive(Debug, Clone, Default)]
@@ -36,7 +36,7 @@ pub struct Entered {
 }
 
 /// What was known of a packet's ends, and of the rules that they are under, when it was looked up.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Named {
     pub container: Option<Entered>,
     /// The container that sent to it.

@@ -38,8 +38,13 @@ pub struct Passed {
 
 impl Passed {
     fn digest(&self) -> Digest {
-        digest_of(&(self.workload, &self.settings, Digest::of_bytes(&self.net_out_rules)))
+        digest_with(self.workload, &self.settings, Digest::of_bytes(&self.net_out_rules))
     }
+}
+
+/// Of what was passed, with the digest of the rules.
+fn digest_with(workload: Workload, settings: &Settings, rules: Digest) -> Digest {
+    digest_of(&(workload, settings, rules))
 }
 
 /// Profiles by what they follow from.
@@ -78,7 +83,7 @@ impl Profiles {
 
     /// The profile that follows from rules of that digest, if it is known.
     pub fn known(&self, workload: Workload, settings: &Settings, rules: Digest) -> Option<Arc<Known>> {
-        self.memory().known.get(&digest_of(&(workload, settings, rules))).cloned()
+        self.memory().known.get(&digest_with(workload, settings, rules)).cloned()
     }
 
     /// Each change is whole, so what another has left is good whatever became of it.

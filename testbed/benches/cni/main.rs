@@ -23,6 +23,7 @@ use std::time::Duration;
 use anyhow::Result;
 use calls::{Calls, Times};
 use clap::Parser;
+use common::change::in_turns;
 use common::machine::{Machine, exit, progress};
 use lists::List;
 use serde::Serialize;
@@ -166,10 +167,8 @@ fn rows(cell: &Cell, arguments: &Arguments) -> Result<Vec<Row>> {
     let mut cases = cases();
     for round in 0..arguments.rounds {
         progress(&format!("round {} of {}", round + 1, arguments.rounds));
-        // There and back, so that others come or go once a round.
-        let order: Box<dyn Iterator<Item = &mut Case>> =
-            if round % 2 == 0 { Box::new(cases.iter_mut()) } else { Box::new(cases.iter_mut().rev()) };
-        for case in order {
+        // So others come or go once a round.
+        for case in in_turns(&mut cases, round) {
             if preload.become_many(case.present)? {
                 // What many at once leave behind is no part of what one costs.
                 thread::sleep(SETTLED);

@@ -4,10 +4,11 @@
 use super::*;
 use serde_json::{Value, json};
 use weft_model::address::OverlayAddr;
-use weft_model::bandwidth::Bandwidth;
 use weft_model::container::Owner;
 use weft_model::link;
 use weft_model::traffic::{Packet, Protocol};
+
+use crate::directory::tests::container;
 
 const SENDER: Ipv4Addr = Ipv4Addr::new(10, 255, 73, 3);
 const RECEIVER: Ipv4Addr = Ipv4Addr::new(10, 255, 73, 2);
@@ -29,20 +30,8 @@ fn who(handle: &str) -> Container {
         policy_group_id: "bc6f229d-5e4a-4c41-a63f-e8795496c283".into(),
         ..Owner::default()
     };
-    Container {
-        handle: handle.parse().expect("handle"),
-        addr: OverlayAddr::new([10, 255, 30, 2].into()),
-        interface: "eth0".parse().expect("name"),
-        mtu: 1450,
-        wanted_mtu: None,
-        namespace: String::new(),
-        owner,
-        ports: Vec::new(),
-        network: String::new(),
-        profile: None,
-        passed: None,
-        bandwidth: Bandwidth::default(),
-    }
+    let handle = handle.parse().expect("handle");
+    Container { handle, ..container([10, 255, 30, 2].into(), owner) }
 }
 
 fn sender() -> Container {
