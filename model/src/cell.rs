@@ -435,19 +435,19 @@ impl Cell {
             Entry::Occupied(there) => &**there.get(),
             Entry::Vacant(_) => &[],
         };
-        for (n, (key, _)) in before.iter().enumerate() {
-            // Most stand where they stood.
-            let stays = now.get(n).is_some_and(|(still, _)| still == key);
-            if !stays && now.iter().all(|(still, _)| still != key) {
+        for n in 0..before.len().max(now.len()) {
+            let (was, is) = (before.get(n), now.get(n));
+            // Most stand as they stood.
+            if was == is {
+                continue;
+            }
+            if let Some((key, _)) = was
+                && now.iter().all(|(still, _)| still != key)
+            {
                 self.wanted.remove(key);
                 self.touched.insert(key.clone());
             }
-        }
-        for (n, planned) in now.iter().enumerate() {
-            let (key, object) = planned;
-            if before.get(n) == Some(planned) {
-                continue;
-            }
+            let Some((key, object)) = is else { continue };
             match self.wanted.entry(key.clone()) {
                 Entry::Occupied(there) if there.get() == object => {}
                 place => {

@@ -7,6 +7,7 @@
 
 pub mod turns;
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::{NonZeroU16, ParseIntError};
@@ -37,6 +38,13 @@ impl FromStr for AppGuid {
     fn from_str(text: &str) -> Result<Self, NotValid> {
         let fits = (1..=255).contains(&text.len());
         fits.then(|| Self(text.into())).ok_or_else(|| NotValid::new("an app's id (1 to 255 bytes)", text))
+    }
+}
+
+/// So that a map of apps can be asked without one.
+impl Borrow<str> for AppGuid {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 

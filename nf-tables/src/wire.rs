@@ -32,14 +32,12 @@ pub(crate) struct Writer(Vec<u8>);
 impl Writer {
     pub(crate) fn message(&mut self, head: Head, body: impl FnOnce(&mut Self)) {
         let start = self.0.len();
-        self.0.extend_from_slice(&[0; 4]);
-        self.0.extend_from_slice(&head.kind.to_ne_bytes());
-        self.0.extend_from_slice(&head.flags.to_ne_bytes());
-        self.0.extend_from_slice(&head.sequence.to_ne_bytes());
-        // The kernel answers to the port that the socket is bound to.
-        self.0.extend_from_slice(&[0; 4]);
-        self.0.extend_from_slice(&[head.family, NFNETLINK_V0]);
-        self.0.extend_from_slice(&head.resource.to_be_bytes());
+        let Head { kind, flags, sequence, family, resource } = head;
+        let ([k, l], [f, g], [s, t, u, v], [r, e]) =
+            (kind.to_ne_bytes(), flags.to_ne_bytes(), sequence.to_ne_bytes(), resource.to_be_bytes());
+        // The length comes later. The kernel answers to the port that the socket is bound to, so that is left out.
+        let envelope = [0, 0, 0, 0, k, l, f, g, s, t, u, v, 0, 0, 0, 0, family, NFNETLINK_V0, r, e];
+        self.0.extend_from_slice(&envelope);
         body(self);
         let length = u32::try_from(self.0.len() - start).expect("a few attributes of 64 KiB at most");
         self.0[start..start + 4].copy_from_slice(&length.to_ne_bytes());
@@ -105,7 +103,11 @@ impl Writer {
     }
 
     fn pad(&mut self) {
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        let whole = self.0.len().next_multiple_of(4);
+        // Most is.
+        if whole > self.0.len() {
+            self.0.resize(whole, 0);
+        }
     }
 
     /// Takes back all but the first so many bytes.

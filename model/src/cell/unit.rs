@@ -194,7 +194,7 @@ pub fn plan_unit(unit: &Unit, inputs: &Inputs) -> Vec<(Key, Object)> {
 }
 
 fn policies_of<'a>(container: &Container, inputs: &'a Inputs) -> Option<&'a AppPolicies> {
-    inputs.policies.get(&container.owner.app()?).map(|policies| &**policies)
+    inputs.policies.get(container.owner.policy_group_id.as_str()).map(|policies| &**policies)
 }
 
 fn firewall(planned: Planned) -> Vec<(Key, Object)> {

@@ -51,7 +51,7 @@ struct Egress {
     span: Span,
     log: bool,
     /// Its place in the list.
-    number: usize,
+    number: u32,
 }
 
 /// Boxes of one shape that do not overlap, and whether what they let through is logged.
@@ -230,15 +230,16 @@ impl Layer {
 /// Most rules of a list have addresses of their own. So boxes are taken in runs whose addresses meet no other run's:
 /// only those of one run have to be compared.
 pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
-    let egress = |(number, rule): (usize, &EgressRule)| Egress {
+    let egress = |(number, rule): (u32, &EgressRule)| Egress {
         side: Side::of(rule.traffic),
         span: (rule.to.first().into(), rule.to.last().into()),
         log: rule.log || log_all,
         number,
     };
-    let mut boxes: Vec<Egress> = rules.iter().enumerate().map(egress).collect();
+    let mut boxes: Vec<Egress> = (0..).zip(rules).map(egress).collect();
     let alike = boxes.windows(2).all(|pair| pair[0].log == pair[1].log);
-    boxes.sort_unstable_by_key(|one| (one.span.0, one.number));
+    // A stable sort is quick with what is nearly in order, as lists that people keep are.
+    boxes.sort_by_key(|one| one.span.0);
     if alike {
         boxes = merged(boxes);
     }
@@ -246,6 +247,12 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
     let mut rest = boxes.as_mut_slice();
     while !rest.is_empty() {
         let (run, behind) = rest.split_at_mut(first_run(rest));
+        rest = behind;
+        if let [one] = run {
+            // It meets none, so it needs no place behind any.
+            layer_of(&mut layers, one).boxes.push((one.side, one.span));
+            continue;
+        }
         if alike {
             // The order means nothing, so what holds others comes before them.
             run.sort_unstable_by_key(|one| (one.side.shape, Reverse(one.size()), one.number));
@@ -253,7 +260,6 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
             run.sort_unstable_by_key(|one| Reverse(one.number));
         }
         lay(run, &mut layers);
-        rest = behind;
     }
     if alike {
         layers.sort_by_key(|layer| layer.shape);
@@ -292,6 +298,16 @@ fn first_run(boxes: &[Egress]) -> usize {
     boxes.iter().enumerate().position(apart).unwrap_or(boxes.len())
 }
 
+/// The first one for boxes such as this one; a new one if there is none.
+fn layer_of<'a>(layers: &'a mut Vec<Layer>, Egress { side, log, .. }: &Egress) -> &'a mut Layer {
+    let there = layers.iter().position(|layer| (layer.shape, layer.log) == (side.shape, *log));
+    let place = there.unwrap_or_else(|| {
+        layers.push(Layer::new(side.shape, *log));
+        layers.len() - 1
+    });
+    &mut layers[place]
+}
+
 /// Each box into the first layer where it meets no other, behind all that have to be asked before it.
 fn lay(run: &[Egress], layers: &mut Vec<Layer>) {
     'boxes: for Egress { side, span, log, .. } in run {
@@ -309,9 +325,7 @@ fn lay(run: &[Egress], layers: &mut Vec<Layer>) {
             layers.len() - 1
         });
         layers[place].boxes.push((*side, *span));
-        if run.len() > 1 {
-            layers[place].show(*side, *span);
-        }
+        layers[place].show(*side, *span);
     }
     for layer in layers {
         layer.near.clear();

@@ -41,7 +41,7 @@ impl Play {
         };
         let apps: BTreeSet<u8> = self.containers.keys().map(|n| n % APPS).collect();
         for app_of in apps {
-            let knows = policies.value.get(&app(app_of).parse().expect("guid"));
+            let knows = policies.value.get(app(app_of).as_str());
             let inbound: BTreeSet<_> = knows
                 .iter()
                 .flat_map(|app| &app.inbound)
