@@ -12,12 +12,12 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
 use futures::stream::{Stream, StreamExt};
+use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 use weft_model::firewall::explain::{app_behind, policy_behind, rule_behind};
 use weft_model::traffic::{Decision, Direction, Protocol, Record, Suppressed, Suppression, Totals};
@@ -35,7 +35,7 @@ pub use line::{Host, Timestamps};
 use file::{LogFile, Turn};
 use line::{Sender, Writer};
 
-/// Lines that wait for the file: some 2 MiB.
+/// Lines that wait for the file: some 2 MiB at most.
 const QUEUE: usize = 8192;
 /// Lines that are written together.
 const BATCH: usize = 128;
@@ -109,7 +109,7 @@ pub struct FlowLog {
 /// Takes readings of the kernel's counters, and has lines written of what was suppressed.
 #[derive(Debug, Clone)]
 pub struct Tally {
-    queue: SyncSender<Entry>,
+    queue: mpsc::Sender<Entry>,
     directory: Directory,
     shared: Arc<Shared>,
 }
@@ -123,7 +123,7 @@ struct Shared {
 impl FlowLog {
     /// Starts the thread that writes. A file that cannot be opened is no error: it is tried again with each line.
     pub fn start(settings: Settings, directory: Directory) -> io::Result<Self> {
-        let (queue, waiting) = mpsc::sync_channel(QUEUE);
+        let (queue, waiting) = mpsc::channel(QUEUE);
         let shared = Arc::new(Shared::default());
         let scribe = Scribe {
             writer: Writer { host: settings.host, timestamps: settings.timestamps },
@@ -131,7 +131,7 @@ impl FlowLog {
             shared: Arc::clone(&shared),
             told: Lost::default(),
         };
-        thread::Builder::new().name("weft-traffic".into()).spawn(move || scribe.run(&waiting))?;
+        thread::Builder::new().name("weft-traffic".into()).spawn(move || scribe.run(waiting))?;
         Ok(Self { tally: Tally { queue, directory, shared } })
     }
 
@@ -201,11 +201,11 @@ struct Scribe {
 }
 
 impl Scribe {
-    fn run(mut self, waiting: &Receiver<Entry>) {
-        while let Ok(first) = waiting.recv() {
-            let mut entries = vec![first];
-            entries.extend(waiting.try_iter().take(BATCH - 1));
+    fn run(mut self, mut waiting: mpsc::Receiver<Entry>) {
+        let mut entries = Vec::with_capacity(BATCH);
+        while waiting.blocking_recv_many(&mut entries, BATCH) > 0 {
             self.write(&entries, Instant::now());
+            entries.clear();
         }
     }
 

@@ -17,7 +17,7 @@
 //!  ruleset_events    notifications on nf_tables          nflog     what rules log
 //! ```
 
-pub mod carrier;
+mod carrier;
 pub mod conntrack;
 mod delete;
 mod dump;

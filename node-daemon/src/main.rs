@@ -1,8 +1,10 @@
 //! The command line of weft-node.
 
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -61,6 +63,10 @@ struct Ask {
     json: bool,
 }
 
+/// One task decides for the whole cell, and the kernel takes one change of links or rules at a time: more threads would
+/// only hold memory, on machines with many processors most of what the daemon has.
+const WORKERS: usize = 4;
+
 /// Exit status of an explanation that is not "allowed".
 const NOT_ALLOWED: u8 = 2;
 
@@ -81,23 +87,27 @@ fn start(config: &Path) -> Result<()> {
     config.check()?;
     let level = weft_daemon::log::init(&config.log_level, config.log_format).context("log_level")?;
     #[cfg(target_env = "gnu")]
-    few_arenas();
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start a runtime")?;
+    one_arena();
+    let workers = available_parallelism().map_or(1, NonZeroUsize::get).min(WORKERS);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+        .context("start a runtime")?;
     let done = runtime.block_on(run::run(config, level));
     // Threads that wait for the kernel do not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
     done
 }
 
-/// glibc gives threads that allocate arenas of their own, up to eight for each processor, and keeps in them what was freed:
-/// in a daemon whose blocking calls wander over many threads memory grows for thousands of containers. Those threads wait
-/// for the kernel most of the time, and share two without getting in each other's way.
+/// glibc gives threads that allocate arenas of their own, up to eight for each processor, and keeps in each what was freed
+/// there: memory grows for thousands of containers, to the most that each of them ever needed. Most threads wait for the
+/// kernel most of the time, and what is small they take from caches of their own: one arena serves all.
 #[cfg(target_env = "gnu")]
 #[expect(unsafe_code, reason = "the allocator's settings are a function of C")]
-fn few_arenas() {
+fn one_arena() {
     // SAFETY: it sets a number, and no other thread exists yet that could allocate meanwhile.
-    unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, 2) };
+    unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, 1) };
 }
 
 fn show(ask: &Ask) -> Result<ExitCode> {

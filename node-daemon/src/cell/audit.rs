@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 use weft_model::cell::{Belief, Drift, Presence, Scope};
@@ -77,14 +76,12 @@ impl<K: Kernel> Running<K> {
         }
         let inbox = self.task.inbox.clone();
         tokio::spawn(async move {
-            let fit = move || {
-                let one = |(spec, namespace): (LinkSpec, PathBuf)| {
-                    let outcome = inside::fit(&namespace, &spec);
-                    (spec, outcome)
-                };
-                misfits.into_iter().map(one).collect()
-            };
-            inbox.tell(Request::Fitted(spawn_blocking(fit).await.unwrap_or_default())).await;
+            let mut outcomes = Vec::with_capacity(misfits.len());
+            for (spec, namespace) in misfits {
+                let outcome = inside::fit(namespace, &spec).await;
+                outcomes.push((spec, outcome));
+            }
+            inbox.tell(Request::Fitted(outcomes)).await;
         });
     }
 

@@ -1,9 +1,8 @@
 //! What calls need beside a wave: the inner end of a new link, the look of a CHECK, and explanations.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use tokio::task::spawn_blocking;
 use tracing::{Level, error, info, warn};
 use weft_model::address::{DeviceName, OverlayAddr};
 use weft_model::cell::{Belief, Dropped, Key, Object, OverlayIngress, Presence, Scope};
@@ -17,7 +16,7 @@ use super::Running;
 use super::wave::Asked;
 use crate::calls::{Remembered, Valid};
 use crate::inbox::{Check, Inbox, Question, Reply, Request, Sender};
-use crate::kernel::{Kernel, carrier, inside};
+use crate::kernel::{Kernel, inside};
 use crate::metrics::Metrics;
 
 impl<K: Kernel> Running<K> {
@@ -85,8 +84,8 @@ impl<K: Kernel> Running<K> {
         match self.check_cells_end(&remembered).await {
             Err(reason) => drop(reply.send(Err(reason))),
             Ok(spec) => {
-                spawn_blocking(move || {
-                    drop(reply.send(inside::check(namespace.as_fd(), &spec, &remembered)));
+                tokio::spawn(async move {
+                    drop(reply.send(inside::check(namespace, &spec, remembered).await));
                 });
             }
         }
@@ -147,21 +146,12 @@ pub(super) async fn lay_inside(
     inbox: Inbox,
     metrics: &Metrics,
 ) {
-    let inner = spec.clone();
     let began = std::time::Instant::now();
-    let lay = move || {
-        inside::lay(namespace.as_fd(), &inner)?;
-        // That it could not be seen is no harm to the container.
-        drop(carrier::wait(&inner));
-        Ok(())
-    };
-    let laid = spawn_blocking(lay).await;
+    let laid = inside::lay(namespace, &spec).await;
     metrics.inside(began.elapsed());
-    let laid = laid.unwrap_or_else(|panic| Err(Reason::Bug { invariant: panic.to_string() }));
     let (handle, interface) = (spec.handle.clone(), spec.interface.clone());
-    let answer = laid.map(|()| spec);
-    match answer {
-        Ok(spec) => {
+    match laid {
+        Ok(()) => {
             info!(%handle, addr = %spec.addr, "container added");
             if reply.send(Ok(spec)).is_err() {
                 warn!(%handle, "caller of ADD has gone; container deleted");

@@ -192,11 +192,11 @@ fn a_report_that_is_not_written_is_not_lost() {
     let place = tempfile::tempdir().expect("directory");
     let file = place.path().join("traffic.log");
     let mut scribe = scribe(&file);
-    let (queue, waiting) = mpsc::sync_channel(QUEUE);
+    let (queue, mut waiting) = mpsc::channel(QUEUE);
     let tally = Tally { queue, directory: directory(), shared: Arc::clone(&scribe.shared) };
-    let read = |total| {
+    let mut read = |total| {
         tally.read(&Totals::from([((CONTAINER, Decision::Limited), total)]), SystemTime::UNIX_EPOCH);
-        waiting.try_iter().collect::<Vec<_>>()
+        std::iter::from_fn(|| waiting.try_recv().ok()).collect::<Vec<_>>()
     };
     fs::create_dir(&file).expect("made");
     assert!(read(0).is_empty() && read(5).is_empty());

@@ -11,20 +11,17 @@ use std::time::Duration;
 
 use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage, State};
-use netlink_sys::protocols::NETLINK_ROUTE;
 use weft_model::link::LinkSpec;
 
 use super::dump::RouteSocket;
-use super::socket::NetlinkSocket;
 
 /// Between two looks. From Linux 6.9 on, a look does the worker's work, and one is enough.
 const PAUSE: Duration = Duration::from_micros(500);
 /// All of them together take a quarter of a second: longer than any worker needs, and no reason to fail an ADD.
 const LOOKS: usize = 500;
 
-/// On a thread in the cell's namespace, after [`inside::lay`](super::inside::lay). A link that is gone is not waited for.
-pub fn wait(spec: &LinkSpec) -> io::Result<()> {
-    let mut socket: RouteSocket = NetlinkSocket::open(NETLINK_ROUTE, 0)?;
+/// On a thread that may wait, by a socket of the cell's namespace. A link that is gone is not waited for.
+pub(super) fn wait(mut socket: RouteSocket, spec: &LinkSpec) -> io::Result<()> {
     for _ in 0..LOOKS {
         let mut request = LinkMessage::default();
         request.header.index = spec.index();

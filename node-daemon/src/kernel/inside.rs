@@ -2,14 +2,15 @@
 //! and ends. No container can hold up the cell's own task.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::thread;
 
 use netlink_packet_route::link::{LinkAttribute, LinkFlags};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{CWD, Mode, OFlags, openat};
+use tokio::sync::oneshot;
 use weft_model::link::{GATEWAY, LinkSpec};
 use weft_model::reason::Reason;
 
@@ -17,28 +18,37 @@ use super::dump::{Device, RouteSocket, links, routes};
 use super::message::Request;
 use super::see::Tables;
 use super::socket::NetlinkSocket;
-use super::{message, sysctl};
+use super::{carrier, message, sysctl};
 use crate::calls::Remembered;
 
-/// Raises the inner end and gives it address, neighbour, default route; raises the loopback device.
-pub fn lay(namespace: BorrowedFd<'_>, spec: &LinkSpec) -> Result<(), Reason> {
-    enter(namespace, spec, || {
+/// Raises the inner end and gives it address, neighbour, default route; raises the loopback device. Returns when the cell's
+/// end passes packets.
+pub async fn lay(namespace: impl AsFd + Send + 'static, spec: &LinkSpec) -> Result<(), Reason> {
+    let work = move |spec: &LinkSpec| {
+        // Stays one of the cell's namespace.
+        let outside = open(spec)?;
+        enter(&namespace, spec)?;
         carry_out(&mut open(spec)?, spec, &message::inner_end(spec))?;
-        sysctl::ipv6_off(&spec.interface).map_err(|e| failed("switch IPv6 off on", spec, &e))
-    })
+        sysctl::ipv6_off(&spec.interface).map_err(|e| failed("switch IPv6 off on", spec, &e))?;
+        // That it could not be seen is no harm to the container.
+        drop(carrier::wait(outside, spec));
+        Ok(())
+    };
+    away(spec, work).await
 }
 
 /// Gives the inner end another MTU. The namespace's file may be gone, or lead anywhere: what counts is that the container's
 /// end is there.
-pub fn fit(namespace: &Path, spec: &LinkSpec) -> Result<(), Reason> {
-    // A file that blocks is none of a namespace.
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let opened = openat(CWD, namespace, flags, Mode::empty());
-    let opened = opened.map_err(|why| Reason::NamespaceGone {
-        path: namespace.display().to_string(),
-        why: why.to_string(),
-    })?;
-    enter(opened.as_fd(), spec, || {
+pub async fn fit(namespace: PathBuf, spec: &LinkSpec) -> Result<(), Reason> {
+    let work = move |spec: &LinkSpec| {
+        // A file that blocks is none of a namespace.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let opened = openat(CWD, &namespace, flags, Mode::empty());
+        let opened = opened.map_err(|why| Reason::NamespaceGone {
+            path: namespace.display().to_string(),
+            why: why.to_string(),
+        })?;
+        enter(&opened, spec)?;
         let mut socket = open(spec)?;
         let devices = links(&mut socket).map_err(|e| failed("read", spec, &e))?;
         let ours = |device: &Device| (device.index, device.mac) == (spec.index(), Some(spec.container_mac()));
@@ -47,12 +57,18 @@ pub fn fit(namespace: &Path, spec: &LinkSpec) -> Result<(), Reason> {
         }
         let mtu = vec![LinkAttribute::Mtu(spec.mtu)];
         carry_out(&mut socket, spec, &[message::set_link("fit", spec.index(), mtu, LinkFlags::empty())])
-    })
+    };
+    away(spec, work).await
 }
 
 /// Whether the inner end is as [`lay`] left it, or as plugins behind this one have.
-pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec, remembered: &Remembered) -> Result<(), Reason> {
-    enter(namespace, spec, || {
+pub async fn check(
+    namespace: impl AsFd + Send + 'static,
+    spec: &LinkSpec,
+    remembered: Remembered,
+) -> Result<(), Reason> {
+    let work = move |spec: &LinkSpec| {
+        enter(&namespace, spec)?;
         let mut socket = open(spec)?;
         let tables = Tables::read(&mut socket).map_err(|e| failed("read", spec, &io::Error::other(e)))?;
         let damaged = |what: &str| {
@@ -80,7 +96,8 @@ pub fn check(namespace: BorrowedFd<'_>, spec: &LinkSpec, remembered: &Remembered
             return damaged("has lost its default route");
         }
         Ok(())
-    })
+    };
+    away(spec, work).await
 }
 
 /// The first refusal that counts ends it.
@@ -107,21 +124,23 @@ fn failed(operation: &str, spec: &LinkSpec, error: &io::Error) -> Reason {
     Reason::Kernel { operation: operation.to_owned(), subject, why: error.to_string() }
 }
 
-/// The thread must end: it never comes back from the namespace it entered.
-fn enter(
-    namespace: BorrowedFd<'_>,
+/// Never comes back: for a thread that ends.
+fn enter(namespace: &impl AsFd, spec: &LinkSpec) -> Result<(), Reason> {
+    let entered = setns(namespace, CloneFlags::CLONE_NEWNET);
+    entered.map_err(|e| failed("enter the network namespace for", spec, &e.into()))
+}
+
+/// Work on a thread of its own, in whose hands all is that it needs: who waits for it may go.
+async fn away(
     spec: &LinkSpec,
-    work: impl FnOnce() -> Result<(), Reason> + Send,
+    work: impl FnOnce(&LinkSpec) -> Result<(), Reason> + Send + 'static,
 ) -> Result<(), Reason> {
-    thread::scope(|scope| {
-        let there = move || {
-            let enter = setns(namespace, CloneFlags::CLONE_NEWNET);
-            enter.map_err(|e| failed("enter the network namespace for", spec, &e.into()))?;
-            work()
-        };
-        let spawned = thread::Builder::new().name("weft-inside".into()).spawn_scoped(scope, there);
-        let thread = spawned.map_err(|e| failed("start a thread for", spec, &e))?;
-        let bug = |_| Err(Reason::Bug { invariant: "laying a container's end does not panic".into() });
-        thread.join().unwrap_or_else(bug)
-    })
+    let (done, outcome) = oneshot::channel();
+    let its_own = spec.clone();
+    // Nobody waits any more: then the outcome is nobody's.
+    let there = move || drop(done.send(work(&its_own)));
+    let spawned = thread::Builder::new().name("weft-inside".into()).spawn(there);
+    spawned.map_err(|e| failed("start a thread for", spec, &e))?;
+    let bug = |_| Err(Reason::Bug { invariant: "laying a container's end does not panic".into() });
+    outcome.await.unwrap_or_else(bug)
 }

@@ -19,8 +19,10 @@ use nix::sys::time::TimeVal;
 /// Messages in one send: their acknowledgements (about 1 KiB of the receive buffer each) must fit the buffer.
 const BATCH: usize = 512;
 const BUFFER: usize = 4 << 20;
-/// A dump returns at most 32 KiB at once, whatever is offered.
-const READ: usize = 64 << 10;
+/// A dump returns at most 32 KiB at once, whatever is offered; notifications are shorter.
+const READ: usize = 32 << 10;
+/// An acknowledgement, or one object: sockets that live for one container need no more.
+const ANSWER: usize = 8 << 10;
 /// How often a dump is begun anew that was disturbed by changes.
 const DUMP_TRIES: usize = 20;
 const NLMSG_ERROR: u16 = 2;
@@ -86,7 +88,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
         let socket = open(protocol, groups)?;
         // Dumps can be restricted to one device, and one that is asked for in a wrong way fails.
         socket.set_netlink_get_strict_chk(true)?;
-        Ok(Self { socket, sequence: 0, buffer: Vec::with_capacity(READ), speaks: PhantomData })
+        Ok(Self { socket, sequence: 0, buffer: Vec::new(), speaks: PhantomData })
     }
 
     pub(super) fn set_non_blocking(&self) -> io::Result<()> {
@@ -112,7 +114,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
             self.socket.send(&bytes, 0)?;
             let begin = outcomes.len();
             while outcomes.len() - begin < sent {
-                for received in self.read()? {
+                for received in self.read(ANSWER)? {
                     if let Received::Answer(header, result) = received
                         && header.sequence_number.wrapping_sub(first) as usize == outcomes.len() - begin
                     {
@@ -129,7 +131,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
         self.write(request, NLM_F_REQUEST, &mut bytes);
         self.socket.send(&bytes, 0)?;
         loop {
-            for received in self.read()? {
+            for received in self.read(ANSWER)? {
                 match received {
                     Received::Message(header, message) if header.sequence_number == self.sequence => {
                         return Ok(Ok(message));
@@ -161,7 +163,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
         let mut all = Vec::new();
         let mut whole = true;
         loop {
-            for received in self.read()? {
+            for received in self.read(READ)? {
                 match received {
                     Received::Message(header, message) if header.sequence_number == self.sequence => {
                         whole &= header.flags & NLM_F_DUMP_INTR == 0;
@@ -184,7 +186,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
             Received::Message(header, message) => Some((header.port_number, message)),
             Received::Answer(..) => None,
         };
-        Ok(self.read()?.into_iter().filter_map(message).collect())
+        Ok(self.read(READ)?.into_iter().filter_map(message).collect())
     }
 
     fn write(&mut self, message: M, flags: u16, bytes: &mut Vec<u8>) {
@@ -200,8 +202,9 @@ impl<M: NetlinkSerializable + NetlinkDeserializable> NetlinkSocket<M> {
         bytes.resize(bytes.len().next_multiple_of(4), 0);
     }
 
-    fn read(&mut self) -> io::Result<Vec<Received<M>>> {
+    fn read(&mut self, most: usize) -> io::Result<Vec<Received<M>>> {
         self.buffer.clear();
+        self.buffer.reserve(most);
         while let Err(e) = self.socket.recv(&mut self.buffer, 0) {
             if e.kind() != io::ErrorKind::Interrupted {
                 return Err(e);

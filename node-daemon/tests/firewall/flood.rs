@@ -190,7 +190,7 @@ impl Scene {
         let mut added = Vec::new();
         for n in 0..200u16 {
             let instance = self.add(profile(n % 40)).await;
-            self.world.site.lay_inside(&instance);
+            self.world.site.lay_inside(&instance).await;
             added.push(instance);
             if replacing && n % 10 == 9 {
                 self.replace().await;

@@ -176,7 +176,7 @@ async fn a_connection_that_cannot_be_counted_by_rate_is_refused() {
                 }
             })
             .await;
-        counted.world.site.lay_inside(&limited);
+        counted.world.site.lay_inside(&limited).await;
         let passes = |port, id| counted.passes(&limited, tcp(port), id..id + 3);
         assert_eq!(passes(1, 1), [true; 3]);
         assert_eq!(passes(2, 4), [true; 3]);
@@ -202,7 +202,7 @@ async fn a_connection_of_a_container_that_cannot_be_counted_is_refused() {
                 }
             })
             .await;
-        counted.world.site.lay_inside(&first);
+        counted.world.site.lay_inside(&first).await;
         let second = counted.world.site.add(with_max(5), &[]).await;
         let third = counted.world.site.add(with_max(5), &[]).await;
         // What asks and gets no answer is a connection for half a minute and more.

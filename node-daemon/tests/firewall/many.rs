@@ -85,7 +85,7 @@ async fn a_group_of_a_thousand_rules_says_what_its_rules_say() {
         .step(|step| assert!(step.firewall.changes.len() < 10, "{:?}", step.firewall.changes.len()))
         .await;
     assert_eq!(ruleset.generation(), before + 1);
-    world.site.lay_inside(&again);
+    world.site.lay_inside(&again).await;
 }
 
 /// Each reaches ports of its own at a hundred networks.
@@ -109,7 +109,7 @@ async fn many_containers_with_many_rules_are_told_apart_and_each_comes_and_goes_
         let before = ruleset.generation();
         world.site.step(|_| ()).await;
         assert_eq!(ruleset.generation(), before + 1, "container {n}");
-        world.site.lay_inside(&instance);
+        world.site.lay_inside(&instance).await;
         instances.push(instance);
     }
     for (n, instance) in (0..).zip(&instances) {

@@ -29,7 +29,7 @@ async fn container(site: &mut Site, app: &str, profile: Profile) -> Instance {
     let owner = Owner { policy_group_id: app.into(), ..Owner::default() };
     let instance = site.wish_of(owner, profile, &[]);
     site.settle().await;
-    site.lay_inside(&instance);
+    site.lay_inside(&instance).await;
     instance
 }
 

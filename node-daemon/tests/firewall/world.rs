@@ -8,7 +8,6 @@
 //! ```
 
 use std::net::Ipv4Addr;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -153,7 +152,7 @@ impl Site {
     pub(crate) async fn add(&mut self, profile: Profile, ports: &[(u16, u16)]) -> Instance {
         let instance = self.wish(profile, ports);
         self.settle().await;
-        self.lay_inside(&instance);
+        self.lay_inside(&instance).await;
         instance
     }
 
@@ -183,9 +182,10 @@ impl Site {
         Instance { space, addr: container.addr.get(), handle: container.handle.clone() }
     }
 
-    pub(crate) fn lay_inside(&self, instance: &Instance) {
+    pub(crate) async fn lay_inside(&self, instance: &Instance) {
         let (container, _) = self.cell.roster().get(&instance.handle).expect("it is there");
-        inside::lay(instance.space.0.as_fd(), &LinkSpec::of(container)).expect("laid inside");
+        let namespace = Arc::clone(&instance.space.0);
+        inside::lay(namespace, &LinkSpec::of(container)).await.expect("laid inside");
         instance.wait_until_it_hears();
     }
 

@@ -1,18 +1,18 @@
 //! Containers' links: both ends as silk lays them, names that are taken, many at once, and with a read-only /proc/sys.
 
 use std::net::UdpSocket;
-use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
+use tokio::runtime::Handle;
 use weft_model::cell::{Belief, Key, Object};
 use weft_model::link::{LinkSpec, index};
 use weft_model::reason::Reason;
 use weft_node::calls::Remembered;
-use weft_node::kernel::{Kernel, Namespaces, carrier, inside};
+use weft_node::kernel::{Kernel, Namespaces, inside};
 
 use crate::world::{Cell, Space, at, held, key, lay, link, remove};
 
@@ -32,7 +32,7 @@ async fn both_ends_are_as_silk_lays_them() {
     let mut cell = Cell::new().await;
     let (container, spec) = cell.container("10.255.66.2").await;
     assert_eq!(cell.see().await, held([Object::Link(spec.clone())]));
-    inside::check(container.0.as_fd(), &spec, &as_laid(&spec)).expect("whole");
+    inside::check(Arc::clone(&container.0), &spec, as_laid(&spec)).await.expect("whole");
 
     let host = cell.space.run("ip -d link show s-010255066002");
     for part in [
@@ -84,14 +84,15 @@ async fn both_ends_are_as_silk_lays_them() {
 /// And is not dropped by an end that is not ready to send.
 #[tokio::test]
 async fn the_first_packet_to_a_new_container_arrives() {
-    let mut cell = Cell::new().await;
+    let (mut cell, runtime) = (Cell::new().await, Handle::current());
     for n in 2..52 {
         let addr = format!("10.255.66.{n}");
-        let (container, spec) = cell.container(&addr).await;
+        let (container, spec) = (Space::new(), link(&addr, 1450));
+        cell.apply(&lay([(Object::Link(spec.clone()), None)]), &at(&spec, &container)).await;
         let ear = container.enter(|| UdpSocket::bind(("0.0.0.0", 7000)).expect("bound"));
         ear.set_read_timeout(Some(Duration::from_secs(2))).expect("set");
         let heard = cell.space.enter(|| {
-            carrier::wait(&spec).expect("looked");
+            runtime.block_on(inside::lay(Arc::clone(&container.0), &spec)).expect("laid");
             UdpSocket::bind(("0.0.0.0", 0))
                 .expect("bound")
                 .send_to(b"x", (addr.as_str(), 7000))
@@ -119,7 +120,7 @@ async fn damage_inside_is_named() {
     {
         let (container, spec) = cell.container(&format!("10.255.66.{}", n + 2)).await;
         container.run(command);
-        let why = inside::check(container.0.as_fd(), &spec, &as_laid(&spec)).expect_err(command);
+        let why = inside::check(Arc::clone(&container.0), &spec, as_laid(&spec)).await.expect_err(command);
         assert!(
             matches!(&why, Reason::Damaged { what: said, .. } if said.contains(what)),
             "{command}: {why}"
@@ -134,7 +135,7 @@ async fn what_a_later_plugin_changed_is_no_damage() {
     container.run("ip link set eth0 mtu 1000");
     container.run("ip route del default");
     let remembered = Remembered { mtu: Some(1000), default_route: false, ..as_laid(&spec) };
-    inside::check(container.0.as_fd(), &spec, &remembered).expect("as it was left");
+    inside::check(Arc::clone(&container.0), &spec, remembered).await.expect("as it was left");
 }
 
 /// A container's namespace is known to exist by its number, whether its link does or not.
@@ -181,9 +182,11 @@ async fn what_is_left_of_a_former_link_makes_way() {
     let (space, other) = (Space::new(), link("10.255.66.2", 1300));
     let step = lay([(Object::Link(other.clone()), Some(Belief::Unknown))]);
     cell.apply(&step, &at(&other, &space)).await;
-    inside::lay(space.0.as_fd(), &other).expect("laid");
+    inside::lay(Arc::clone(&space.0), &other).await.expect("laid");
     assert_eq!(cell.see().await, held([Object::Link(other)]));
-    let why = inside::check(former.0.as_fd(), &spec, &as_laid(&spec)).expect_err("the former one is gone");
+    let why = inside::check(Arc::clone(&former.0), &spec, as_laid(&spec))
+        .await
+        .expect_err("the former one is gone");
     assert!(matches!(why, Reason::Damaged { .. }), "{why}");
 }
 
@@ -203,7 +206,7 @@ async fn what_is_no_namespace_is_refused() {
     let file = Space(Arc::new(std::fs::File::open("/dev/null").expect("file").into()));
     let outcome = cell.kernel.apply(&lay([(Object::Link(spec.clone()), None)]), &at(&spec, &file)).await;
     assert!(outcome.failed.contains_key(&Key::Link(spec.addr)));
-    inside::lay(file.0.as_fd(), &spec).expect_err("no namespace");
+    inside::lay(Arc::clone(&file.0), &spec).await.expect_err("no namespace");
     assert_eq!(cell.see().await, held([]));
 }
 
@@ -214,7 +217,7 @@ async fn ipv6_goes_off_though_proc_sys_is_read_only() {
     let (space, spec) = (Space::new(), link("10.255.66.2", 1450));
     cell.apply(&lay([(Object::Link(spec.clone()), None)]), &at(&spec, &space)).await;
     let laid = {
-        let (space, spec) = (space.clone(), spec.clone());
+        let (space, spec, runtime) = (space.clone(), spec.clone(), Handle::current());
         thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNS).expect("a new mount namespace");
             let mount = "mount --make-rprivate / && mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys";
@@ -222,7 +225,7 @@ async fn ipv6_goes_off_though_proc_sys_is_read_only() {
             let read_only =
                 std::fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "0").expect_err("read-only");
             assert_eq!(read_only.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
-            inside::lay(space.0.as_fd(), &spec)
+            runtime.block_on(inside::lay(Arc::clone(&space.0), &spec))
         })
     };
     laid.join().expect("thread").expect("laid");
@@ -257,7 +260,7 @@ async fn two_hundred_links_at_once_and_one_by_one() {
         cell.apply(&lay([(object.clone(), None)]), &at(spec, space)).await;
         create.push(begin.elapsed());
         let begin = Instant::now();
-        inside::lay(space.0.as_fd(), spec).expect("laid");
+        inside::lay(Arc::clone(&space.0), spec).await.expect("laid");
         inner.push(begin.elapsed());
     }
     assert_eq!(cell.see().await, wanted);

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use weft_model::address::OverlayAddr;
@@ -73,7 +72,7 @@ impl Cell {
     pub(crate) async fn container(&mut self, addr: &str) -> (Space, LinkSpec) {
         let (space, spec) = (Space::new(), link(addr, self.vtep.mtu));
         self.apply(&lay([(Object::Link(spec.clone()), None)]), &at(&spec, &space)).await;
-        inside::lay(space.0.as_fd(), &spec).expect("laid inside");
+        inside::lay(Arc::clone(&space.0), &spec).await.expect("laid inside");
         (space, spec)
     }
 

@@ -66,7 +66,7 @@ pub(crate) struct Bed {
     pub(crate) cell: Cell,
     pub(crate) space: Space,
     kernel: Netlink,
-    runtime: Runtime,
+    pub(crate) runtime: Runtime,
     laid: bool,
 }
 

@@ -1,6 +1,5 @@
 //! What only this bench asks of its bed: containers that have links, or that are alike, and lists in Garden's words.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -37,7 +36,7 @@ impl Bed {
         let container = self.cell.add(wanted(name, "eth0", profile)?)?;
         let step = self.cell.diff();
         self.carry_out(step, &Namespaces::from([(container.addr, Arc::clone(&space.0))]))?;
-        inside::lay(space.0.as_fd(), &LinkSpec::of(&container))?;
+        self.runtime.block_on(inside::lay(Arc::clone(&space.0), &LinkSpec::of(&container)))?;
         Ok(space)
     }
 }
