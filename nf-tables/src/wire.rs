@@ -35,7 +35,7 @@ impl Writer {
         let Head { kind, flags, sequence, family, resource } = head;
         let ([k, l], [f, g], [s, t, u, v], [r, e]) =
             (kind.to_ne_bytes(), flags.to_ne_bytes(), sequence.to_ne_bytes(), resource.to_be_bytes());
-        // The length comes later. The kernel answers to the port that the socket is bound to, so that is left out.
+        // The length comes later. The port stays 0: the kernel answers to the one that the socket is bound to.
         let envelope = [0, 0, 0, 0, k, l, f, g, s, t, u, v, 0, 0, 0, 0, family, NFNETLINK_V0, r, e];
         self.0.extend_from_slice(&envelope);
         body(self);
@@ -104,7 +104,7 @@ impl Writer {
 
     fn pad(&mut self) {
         let whole = self.0.len().next_multiple_of(4);
-        // Most is.
+        // Most attributes end on a whole word.
         if whole > self.0.len() {
             self.0.resize(whole, 0);
         }

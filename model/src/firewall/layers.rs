@@ -238,7 +238,8 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
     };
     let mut boxes: Vec<Egress> = (0..).zip(rules).map(egress).collect();
     let alike = boxes.windows(2).all(|pair| pair[0].log == pair[1].log);
-    // A stable sort is quick with what is nearly in order, as lists that people keep are.
+    // Those that begin at one address stay in the list's order. And a stable sort is quick with what is nearly in order, as
+    // lists that people keep are.
     boxes.sort_by_key(|one| one.span.0);
     if alike {
         boxes = merged(boxes);

@@ -10,7 +10,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use weft_model::link::{GATEWAY, LinkSpec};
 use weft_model::reason::Reason;
 
@@ -21,17 +21,20 @@ use super::socket::NetlinkSocket;
 use super::{carrier, message, sysctl};
 use crate::calls::Remembered;
 
-/// Raises the inner end and gives it address, neighbour, default route; raises the loopback device. Returns when the cell's
-/// end passes packets.
+/// Threads at once: more would only wait for each other in the kernel.
+static PLACES: Semaphore = Semaphore::const_new(64);
+
+/// Raises the inner end and gives it address, neighbour, default route; raises the loopback device. Asked in the cell's
+/// namespace, it returns when the cell's end passes packets, or after a quarter of a second.
 pub async fn lay(namespace: impl AsFd + Send + 'static, spec: &LinkSpec) -> Result<(), Reason> {
     let work = move |spec: &LinkSpec| {
         // Stays one of the cell's namespace.
-        let outside = open(spec)?;
+        let outside = open(spec);
         enter(&namespace, spec)?;
         carry_out(&mut open(spec)?, spec, &message::inner_end(spec))?;
         sysctl::ipv6_off(&spec.interface).map_err(|e| failed("switch IPv6 off on", spec, &e))?;
         // That it could not be seen is no harm to the container.
-        drop(carrier::wait(outside, spec));
+        drop(outside.map(|outside| carrier::wait(outside, spec)));
         Ok(())
     };
     away(spec, work).await
@@ -130,11 +133,13 @@ fn enter(namespace: &impl AsFd, spec: &LinkSpec) -> Result<(), Reason> {
     entered.map_err(|e| failed("enter the network namespace for", spec, &e.into()))
 }
 
-/// Work on a thread of its own, in whose hands all is that it needs: who waits for it may go.
+/// Work on a thread of its own, in whose hands all is that it needs: who waits for it may go. The thread ends a moment after
+/// the answer, and the namespace that it is in may live as long.
 async fn away(
     spec: &LinkSpec,
     work: impl FnOnce(&LinkSpec) -> Result<(), Reason> + Send + 'static,
 ) -> Result<(), Reason> {
+    let _place = PLACES.acquire().await;
     let (done, outcome) = oneshot::channel();
     let its_own = spec.clone();
     // Nobody waits any more: then the outcome is nobody's.
