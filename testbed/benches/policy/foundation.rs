@@ -77,7 +77,9 @@ fn row(what: &'static str, count: usize, server: &PolicyServer, node: Process, p
     let (after, busy) = (asked(), node.cpu_time().saturating_sub(cpu));
     let cpu = node.cpu_time();
     let stamps = server.asked(Route::PoliciesLastUpdated);
-    wait("polls", || server.asked(Route::PoliciesLastUpdated) >= stamps + u64::from(polls))?;
+    for poll in 1..=u64::from(polls) {
+        wait("the next poll", || server.asked(Route::PoliciesLastUpdated) >= stamps + poll)?;
+    }
     let unchanged = u32::try_from(server.asked(Route::PoliciesLastUpdated) - stamps)?;
     let idle = node.cpu_time().saturating_sub(cpu);
     let (resident_kib, peak_kib) = node.memory().context("read the memory of the node")?;
