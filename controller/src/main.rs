@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 use weft_controller::config::Config;
 use weft_controller::run;
+use weft_daemon::cause;
 use weft_daemon::tls::Files;
 use weft_proto::controller::leases_client::LeasesClient;
 use weft_proto::controller::{ListRequest, ListResponse, Listed, State};
@@ -102,7 +103,8 @@ async fn list(ask: &Ask) -> Result<ListResponse> {
         .ca_certificate(Certificate::from_pem(&loaded.pem().ca))
         .identity(Identity::from_pem(&loaded.pem().certificate, &loaded.pem().key))
         .domain_name(ask.server_name.clone());
-    let channel = Endpoint::from_shared(ask.controller.clone())?.tls_config(tls)?.connect().await?;
+    let connected = Endpoint::from_shared(ask.controller.clone())?.tls_config(tls)?.connect().await;
+    let channel = connected.map_err(|error| anyhow!(cause::last(&error)))?;
     let mut client = LeasesClient::new(channel).max_decoding_message_size(64 << 20);
     Ok(client.list(ListRequest {}).await?.into_inner())
 }

@@ -12,6 +12,7 @@ use futures::StreamExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info, warn};
+use weft_daemon::cause::chain;
 use weft_model::address::UnderlayAddr;
 use weft_model::lease::{Head, Revision};
 use weft_model::ledger::{Answer, Decision, Ledger, Request, Rules};
@@ -392,16 +393,4 @@ impl<S: Store> Writer<S> {
 /// Uniform in `0..n`, but for a bias of `n` in 2^32.
 fn pick(n: u32) -> u32 {
     getrandom::u32().unwrap_or_default() % n.max(1)
-}
-
-/// An error with all its causes.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

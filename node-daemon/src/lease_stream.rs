@@ -14,6 +14,7 @@ use tokio::task::{AbortHandle, spawn_blocking};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic::{Request, Status};
 use tracing::{error, info, warn};
+use weft_daemon::cause;
 use weft_daemon::tls::Files;
 use weft_model::keeper::{Act, Event, Keeper, Snapshot};
 use weft_model::lease::{Cell, Cursor, Lease};
@@ -133,7 +134,7 @@ impl LeaseStream {
         let directory = self.state_directory.clone();
         let saved = spawn_blocking(move || snapshot::save(&directory, &snapshot)).await;
         if let Ok(Err(error)) = saved {
-            error!(error = %crate::cell::chain(&error), "snapshot not saved; a restart would start from an older one");
+            error!(error = %cause::chain(&error), "snapshot not saved; a restart would start from an older one");
         }
     }
 
@@ -240,7 +241,7 @@ impl Controllers {
             .domain_name(self.name.clone());
         let url = self.url();
         let endpoint = Endpoint::from_shared(url.clone()).and_then(|endpoint| endpoint.tls_config(tls));
-        let endpoint = endpoint.map_err(|error| unusable(format!("{url}: {}", last_cause(&error))))?;
+        let endpoint = endpoint.map_err(|error| unusable(format!("{url}: {}", cause::last(&error))))?;
         let endpoint = endpoint
             .connect_timeout(CONNECT)
             .http2_keep_alive_interval(PING)
@@ -248,13 +249,13 @@ impl Controllers {
             .keep_alive_while_idle(true);
         let connected = tokio::time::timeout(CONNECT, endpoint.connect()).await;
         let connected = connected.map_err(|_| unusable(format!("{url}: no connection in time")))?;
-        connected.map(LeasesClient::new).map_err(|error| unusable(format!("{url}: {}", last_cause(&error))))
+        connected.map(LeasesClient::new).map_err(|error| unusable(format!("{url}: {}", cause::last(&error))))
     }
 
     /// A status with a reason is the controller's word; any other is the connection's.
     fn failed(&self, status: &Status) -> Reason {
         reason_of(status).unwrap_or_else(|| {
-            let cause = status.source().map_or_else(|| status.message().to_owned(), last_cause);
+            let cause = status.source().map_or_else(|| status.message().to_owned(), cause::last);
             Reason::ControllerAway { why: format!("{}: {cause}", self.url()) }
         })
     }
@@ -262,13 +263,4 @@ impl Controllers {
     fn silent(&self) -> Reason {
         Reason::ControllerAway { why: format!("{}: no answer in time", self.url()) }
     }
-}
-
-/// The end of the chain says what happened; what is before it only says where.
-fn last_cause(error: &(dyn Error + 'static)) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::{Parser, Subcommand};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
+use weft_daemon::cause;
 use weft_node::config::Config;
 use weft_node::question::{self, Target};
 use weft_node::{report, run};
@@ -144,7 +145,8 @@ fn asked<T>(
             let path = path.clone();
             async move { UnixStream::connect(path).await.map(TokioIo::new) }
         });
-        let channel = Endpoint::from_static("http://weft-node").connect_with_connector(connector).await?;
+        let connected = Endpoint::from_static("http://weft-node").connect_with_connector(connector).await;
+        let channel = connected.map_err(|error| anyhow!(cause::last(&error)))?;
         match call(ContainersClient::new(channel)).await {
             Ok(answer) => Ok(answer.into_inner()),
             Err(status) => match reason_of(&status) {

@@ -30,6 +30,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tracing::{error, info, warn};
+use weft_daemon::cause::chain;
 use weft_model::asg::group::SecurityGroup;
 use weft_model::follow::{Act, Event, Follow, Ids, Intervals, Outcome, Subject, Ticket};
 use weft_model::policy::turns::Turns;
@@ -42,7 +43,6 @@ use question::{Answer, Fetched, Value};
 use snapshot::{Saved, SnapshotError};
 pub use url::{NotAUrl, ServerUrl};
 
-use crate::cell::chain;
 use crate::follower::{due, pick};
 use crate::metrics::Metrics;
 

@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::{info, warn};
+use weft_daemon::cause::chain;
 use weft_daemon::http::{self, Health};
 use weft_daemon::log::Level;
 use weft_daemon::tls::TlsError;
@@ -22,7 +23,7 @@ use weft_model::keeper::{Act, Keeper, LeaseState};
 use weft_model::lease::{self, Holder};
 
 use crate::api::Socket;
-use crate::cell::{Policies, Task, chain, ids};
+use crate::cell::{Policies, Task, ids};
 use crate::config::{Config, RunbookEndpoints};
 use crate::directory::Directory;
 use crate::flow_log::{self, FlowLog};

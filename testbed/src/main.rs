@@ -5,7 +5,7 @@ mod demo;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use weft_testbed::external_networker::{ECHO_PORT, Request};
 use weft_testbed::{Lab, Options, Store, interrupt, lab, prober};
@@ -130,6 +130,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Add { lab, cell, handle } => {
             let lab = Lab::open(&lab.name)?;
             let cell = lab.cell(&cell)?;
+            let there = cell.namespace_file(&handle).exists();
+            ensure!(!there, "{handle} is on {} already: `lab del` deletes it", cell.name);
             let container = cell.add(&Request::app(&handle)).inspect_err(|_| {
                 // As Garden does after a failed `up`.
                 drop(cell.del(&handle));
@@ -146,7 +148,7 @@ fn run(command: Command) -> Result<ExitCode> {
             for name in lab::names() {
                 match Lab::open(&name) {
                     Ok(lab) => {
-                        println!("{name}: {} cells, {} controllers", lab.cells.len(), lab.controllers.len())
+                        println!("{name}: cells {}, controllers {}", lab.cells.len(), lab.controllers.len())
                     }
                     Err(_) => println!("{name}: being made, or left by a crash"),
                 }

@@ -152,6 +152,9 @@ fn a_lab_stands_until_it_is_taken_down() {
 
     let add = run(&["add", "--name", &name, "cell1", "one"]);
     assert!(add.status.success(), "{}", text(&add.stderr));
+    let again = run(&["add", "--name", &name, "cell1", "one"]);
+    assert!(!again.status.success() && text(&again.stderr).contains("already"), "{again:?}");
+    // And the first one lives.
     let container =
         run(&["exec", "--name", &name, "cell1/one", "--", "ip", "-brief", "addr", "show", "eth0"]);
     assert!(text(&container.stdout).contains("10.255."), "{container:?}");

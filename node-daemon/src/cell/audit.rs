@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 use tracing::{error, info, warn};
+use weft_daemon::cause::chain;
 use weft_model::cell::{Belief, Drift, Presence, Scope};
 use weft_model::container::Container;
 use weft_model::link::{self, LinkSpec};
 use weft_model::reason::Reason;
 
-use super::{AUDIT, Running, chain};
+use super::{AUDIT, Running};
 use crate::inbox::Request;
 use crate::kernel::{Kernel, inside};
 

@@ -6,14 +6,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use tracing::{debug, error, info};
+use weft_daemon::cause::chain;
 use weft_model::address::OverlayAddr;
 use weft_model::cell::{Fault, Key, Outcome, Record, Roster, Scope, Step};
 use weft_model::container::Container;
 use weft_model::link::LinkSpec;
 use weft_model::reason::Reason;
 
+use super::Running;
 use super::call::lay_inside;
-use super::{Running, chain};
 use crate::directory::Entered;
 use crate::inbox::{Reply, Request};
 use crate::kernel::{Kernel, Namespaces};

@@ -19,13 +19,13 @@ use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::debug;
+use weft_daemon::cause::chain;
 use weft_model::address::DeviceName;
 use weft_model::container::Container;
 use weft_model::firewall::Size;
 use weft_model::follow::Subject;
 
 use super::word;
-use crate::cell::chain;
 use crate::directory::Directory;
 use crate::inbox::Inbox;
 use crate::kernel::{LinkCounters, Traffic};
