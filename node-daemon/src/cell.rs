@@ -32,6 +32,7 @@ use crate::kernel::{Kernel, KernelError};
 use crate::metrics::Metrics;
 use crate::overlay::Overlay;
 use crate::policy_server::{Applied, Known};
+use forget::Walks;
 use policies::said;
 pub use policies::{Policies, ids};
 
@@ -83,11 +84,8 @@ struct Running<K> {
     underlay_missing: bool,
     /// Somebody else changed the firewall's table.
     table_touched: bool,
-    forgetting: bool,
     connections: Arc<Mutex<Connections>>,
-    /// When the last walk began.
-    forgot_at: Option<Instant>,
-    forgetting_fails: bool,
+    walks: Walks,
     /// Calls to add containers, for which there are addresses in a moment.
     parked: Vec<Request>,
     /// Containers leave in this wave: then their addresses rest.
@@ -122,10 +120,8 @@ impl<K: Kernel> Task<K> {
             reported: BTreeSet::new(),
             underlay_missing: false,
             table_touched: false,
-            forgetting: false,
             connections: Arc::new(Mutex::new(Connections::open()?)),
-            forgot_at: None,
-            forgetting_fails: false,
+            walks: Walks::default(),
             parked: Vec::new(),
             leaving: false,
             unwritten: None,

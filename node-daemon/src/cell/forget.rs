@@ -20,12 +20,31 @@ use crate::kernel::Kernel;
 /// walk, unless there is no other address.
 const TOGETHER: Duration = Duration::from_secs(1);
 
+/// Walks through the table of connections.
+#[derive(Debug, Default)]
+pub(super) struct Walks {
+    under_way: bool,
+    /// When the last one began.
+    last: Option<Instant>,
+    /// The last one failed.
+    fail: bool,
+}
+
+impl Walks {
+    /// When the next one is due, as some addresses rest; `now`, if it is.
+    fn due(&self, now: Instant, none_free: bool) -> Option<Instant> {
+        let at_once = none_free && !self.fail;
+        let due = self.last.filter(|_| !at_once).map(|last| last + TOGETHER);
+        (!self.under_way).then_some(due.unwrap_or(now))
+    }
+}
+
 impl<K: Kernel> Running<K> {
     /// Whether no address is free, and some will be in a moment.
     pub(super) fn addresses_come(&self) -> bool {
         let full = matches!(self.task.cell.ready(), Err(Reason::SubnetFull { .. }));
         let some = self.leaving || !self.task.cell.roster().resting().is_empty();
-        full && some && !self.forgetting_fails
+        full && some && !self.walks.fail
     }
 
     /// Who waits for an address and is not wanted any more.
@@ -44,9 +63,7 @@ impl<K: Kernel> Running<K> {
     /// When the next walk is due, if any is; `now`, if it is.
     pub(super) fn forget_at(&self, now: Instant) -> Option<Instant> {
         let roster = self.task.cell.roster();
-        let at_once = roster.ipam().free() == 0 && !self.forgetting_fails;
-        let due = self.forgot_at.filter(|_| !at_once).map(|last| last + TOGETHER);
-        (!self.forgetting && !roster.resting().is_empty()).then_some(due.unwrap_or(now))
+        if roster.resting().is_empty() { None } else { self.walks.due(now, roster.ipam().free() == 0) }
     }
 
     pub(super) fn forget_resting(&mut self) {
@@ -55,8 +72,7 @@ impl<K: Kernel> Running<K> {
             return;
         }
         let resting = self.task.cell.roster().resting().clone();
-        self.forgetting = true;
-        self.forgot_at = Some(now);
+        (self.walks.under_way, self.walks.last) = (true, Some(now));
         let (inbox, connections) = (self.task.inbox.clone(), Arc::clone(&self.connections));
         tokio::spawn(async move {
             let addrs = resting.clone();
@@ -71,13 +87,13 @@ impl<K: Kernel> Running<K> {
     }
 
     pub(super) fn forgotten(&mut self, addrs: &BTreeSet<OverlayAddr>) {
-        (self.forgetting, self.forgetting_fails) = (false, false);
+        (self.walks.under_way, self.walks.fail) = (false, false);
         self.task.cell.forgotten(addrs);
     }
 
     pub(super) fn not_forgotten(&mut self, why: &Reason) {
-        self.forgetting = false;
-        if !mem::replace(&mut self.forgetting_fails, true) {
+        self.walks.under_way = false;
+        if !mem::replace(&mut self.walks.fail, true) {
             warn!(%why, "connections of former containers cannot be removed; their addresses rest");
         }
     }
