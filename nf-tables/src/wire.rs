@@ -32,12 +32,14 @@ pub(crate) struct Writer(Vec<u8>);
 impl Writer {
     pub(crate) fn message(&mut self, head: Head, body: impl FnOnce(&mut Self)) {
         let start = self.0.len();
-        let Head { kind, flags, sequence, family, resource } = head;
-        let ([k, l], [f, g], [s, t, u, v], [r, e]) =
-            (kind.to_ne_bytes(), flags.to_ne_bytes(), sequence.to_ne_bytes(), resource.to_be_bytes());
-        // The length comes later. The port stays 0: the kernel answers to the one that the socket is bound to.
-        let envelope = [0, 0, 0, 0, k, l, f, g, s, t, u, v, 0, 0, 0, 0, family, NFNETLINK_V0, r, e];
-        self.0.extend_from_slice(&envelope);
+        self.0.extend_from_slice(&[0; 4]);
+        self.0.extend_from_slice(&head.kind.to_ne_bytes());
+        self.0.extend_from_slice(&head.flags.to_ne_bytes());
+        self.0.extend_from_slice(&head.sequence.to_ne_bytes());
+        // The kernel answers to the port that the socket is bound to.
+        self.0.extend_from_slice(&[0; 4]);
+        self.0.extend_from_slice(&[head.family, NFNETLINK_V0]);
+        self.0.extend_from_slice(&head.resource.to_be_bytes());
         body(self);
         let length = u32::try_from(self.0.len() - start).expect("a few attributes of 64 KiB at most");
         self.0[start..start + 4].copy_from_slice(&length.to_ne_bytes());

@@ -145,6 +145,11 @@ impl Layer {
         Self { shape, log, boxes: Vec::new(), near: BTreeMap::new(), covered: BTreeMap::new() }
     }
 
+    /// Whether it is for boxes such as this one.
+    fn takes(&self, one: &Egress) -> bool {
+        (self.shape, self.log) == (one.side.shape, one.log)
+    }
+
     /// Boxes of a layer do not overlap, so the first one that meets this one says all.
     fn meets(&self, side: &Side, (first, last): Span) -> Meeting {
         if self.covered.range(..=last).next_back().is_none_or(|(_, end)| *end < first) {
@@ -251,7 +256,8 @@ pub(super) fn layers(rules: &[EgressRule], log_all: bool) -> Vec<Layer> {
         rest = behind;
         if let [one] = run {
             // It meets none, so it needs no place behind any.
-            layer_of(&mut layers, one).boxes.push((one.side, one.span));
+            let place = layers.iter().position(|layer| layer.takes(one));
+            layer_at(&mut layers, place, one).boxes.push((one.side, one.span));
             continue;
         }
         if alike {
@@ -299,11 +305,10 @@ fn first_run(boxes: &[Egress]) -> usize {
     boxes.iter().enumerate().position(apart).unwrap_or(boxes.len())
 }
 
-/// The first one for boxes such as this one; a new one if there is none.
-fn layer_of<'a>(layers: &'a mut Vec<Layer>, Egress { side, log, .. }: &Egress) -> &'a mut Layer {
-    let there = layers.iter().position(|layer| (layer.shape, layer.log) == (side.shape, *log));
-    let place = there.unwrap_or_else(|| {
-        layers.push(Layer::new(side.shape, *log));
+/// The layer at that place; if there is none, a new one for such boxes.
+fn layer_at<'a>(layers: &'a mut Vec<Layer>, place: Option<usize>, one: &Egress) -> &'a mut Layer {
+    let place = place.unwrap_or_else(|| {
+        layers.push(Layer::new(one.side.shape, one.log));
         layers.len() - 1
     });
     &mut layers[place]
@@ -311,22 +316,20 @@ fn layer_of<'a>(layers: &'a mut Vec<Layer>, Egress { side, log, .. }: &Egress) -
 
 /// Each box into the first layer where it meets no other, behind all that have to be asked before it.
 fn lay(run: &[Egress], layers: &mut Vec<Layer>) {
-    'boxes: for Egress { side, span, log, .. } in run {
+    'boxes: for one in run {
+        let Egress { side, span, log, .. } = one;
         let mut place = None;
         for (n, layer) in layers.iter().enumerate() {
             match layer.meets(side, *span) {
                 Meeting::Within => continue 'boxes,
                 Meeting::Overlaps if layer.log != *log => place = None,
-                Meeting::Apart if (layer.shape, layer.log) == (side.shape, *log) => place = place.or(Some(n)),
+                Meeting::Apart if layer.takes(one) => place = place.or(Some(n)),
                 Meeting::Overlaps | Meeting::Apart => {}
             }
         }
-        let place = place.unwrap_or_else(|| {
-            layers.push(Layer::new(side.shape, *log));
-            layers.len() - 1
-        });
-        layers[place].boxes.push((*side, *span));
-        layers[place].show(*side, *span);
+        let layer = layer_at(layers, place, one);
+        layer.boxes.push((*side, *span));
+        layer.show(*side, *span);
     }
     for layer in layers {
         layer.near.clear();
