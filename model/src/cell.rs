@@ -20,7 +20,6 @@ mod wave;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
-use std::sync::Arc;
 
 pub use audit::{Drift, Scope};
 pub use containers::{Dropped, Wanted};
@@ -46,7 +45,8 @@ pub struct Cell {
     units: BTreeMap<Unit, Box<[(Key, Object)]>>,
     wanted: BTreeMap<Key, Object>,
     believed: BTreeMap<Key, Belief>,
-    touched: BTreeSet<Key>,
+    /// Some more than once.
+    touched: Vec<Key>,
     /// Links of containers added since the last step: absent, but not lost.
     unborn: BTreeSet<OverlayAddr>,
     groups: Option<Groups>,
@@ -74,7 +74,7 @@ impl Cell {
             units: BTreeMap::new(),
             wanted: BTreeMap::new(),
             believed: BTreeMap::new(),
-            touched: BTreeSet::new(),
+            touched: Vec::new(),
             unborn: BTreeSet::new(),
             groups: None,
             records: Vec::new(),
@@ -207,14 +207,6 @@ impl Cell {
 
     fn record(&mut self, record: Record) {
         let roster = &self.inputs.roster;
-        let of =
-            |found: Option<(&Arc<Container>, Presence)>| found.and_then(|(container, _)| container.profile);
-        let concerned = match &record {
-            Record::Present(container) => [container.profile, None],
-            Record::Assigned(handle, digest) => [of(roster.get(handle)), Some(*digest)],
-            Record::Resting(addr) => [of(roster.with_addr(*addr)), None],
-            Record::Profile(_) | Record::Fitted(..) | Record::Leaving(_) | Record::Free(_) => [None, None],
-        };
         let app = match &record {
             Record::Present(container) => container.owner.app(),
             Record::Resting(addr) => roster.with_addr(*addr).and_then(|(container, _)| container.owner.app()),
@@ -224,21 +216,16 @@ impl Cell {
             | Record::Leaving(_)
             | Record::Free(_) => None,
         };
-        let in_force = |roster: &Roster| concerned.map(|digest| roster.in_force(digest?).cloned());
-        let before = in_force(roster);
-        self.inputs.roster.apply(&record);
+        let turned = self.inputs.roster.apply(&record);
         if let Some(guid) = app.filter(|guid| self.inputs.policies.contains_key(guid)) {
             self.replan(Unit::App(guid));
         }
         self.records.push(record);
-        let after = in_force(&self.inputs.roster);
-        for change in before.into_iter().zip(after) {
-            if let (Some(known), None) | (None, Some(known)) = change {
-                self.replan(Unit::Profile(known.digest()));
-                self.replan(Unit::Settings(known.settings_digest()));
-                for limit in limits_of(known.profile(), self.inputs.log_c2c) {
-                    self.replan(Unit::Limit(limit));
-                }
+        for known in turned {
+            self.replan(Unit::Profile(known.digest()));
+            self.replan(Unit::Settings(known.settings_digest()));
+            for limit in limits_of(known.profile(), self.inputs.log_c2c) {
+                self.replan(Unit::Limit(limit));
             }
         }
     }
@@ -262,13 +249,13 @@ impl Cell {
                 && now.iter().all(|(still, _)| still != key)
             {
                 self.wanted.remove(key);
-                self.touched.insert(key.clone());
+                self.touched.push(key.clone());
             }
             let Some((key, object)) = is else { continue };
             match self.wanted.entry(key.clone()) {
                 Entry::Occupied(there) if there.get() == object => {}
                 place => {
-                    self.touched.insert(key.clone());
+                    self.touched.push(key.clone());
                     place.insert_entry(object.clone());
                 }
             }

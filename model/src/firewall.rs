@@ -9,6 +9,7 @@
 //!  between   what is told of traffic between containers
 //!  limits    dynamic sets that count: connections, log lines
 //!  member    one container's elements in the maps
+//!  map       the maps that elements are in
 //!  key       the key of an element
 //!  layers    security groups' rules as sets the kernel can hold
 //!  explain   which rule decides on a packet, and whose it is
@@ -23,11 +24,12 @@ pub mod explain;
 mod key;
 mod layers;
 mod limits;
+mod map;
 mod member;
 mod profile;
 mod settings;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use nf_tables::{Chain, Data, Name, Ranges, Set};
 
@@ -35,6 +37,7 @@ pub use app::app;
 pub use base::{Base, base};
 pub use key::ElementKey;
 pub use limits::{Limit, Lines, limit, limits_of};
+pub use map::Map;
 pub use member::{exposed, granted, is_leased, leased, member};
 pub use profile::{Chains, Layers, profile, refuses};
 pub use settings::settings;
@@ -69,8 +72,8 @@ pub enum Part {
     Table,
     Set(Name),
     Chain(Name),
-    /// An element of a map or set that containers and peers enter, by the bytes of its key.
-    Element(Name, ElementKey),
+    /// An element, by the bytes of its key.
+    Element(Map, ElementKey),
 }
 
 /// Its content.
@@ -121,9 +124,7 @@ impl std::fmt::Display for Part {
             Self::Table => write!(f, "table {TABLE}"),
             Self::Set(name) => write!(f, "set {name}"),
             Self::Chain(name) => write!(f, "chain {name}"),
-            Self::Element(set, key) => {
-                write!(f, "element of {set} {key:?}")
-            }
+            Self::Element(map, key) => write!(f, "element of {map} {key:?}"),
         }
     }
 }
@@ -143,12 +144,7 @@ fn joined<T: Copy + Ord + Into<u32>>(mut spans: Vec<(T, T)>) -> Vec<(T, T)> {
 
 /// Names are made of words and digests here, never of what comes from outside.
 fn name(text: &str) -> Name {
-    let new = |text: &str| text.parse().unwrap_or_else(|_| unreachable!("{text} is a name"));
-    /// Those of the maps that every container enters are made once.
-    static SHARED: OnceLock<[Name; 5]> = OnceLock::new();
-    let shared =
-        SHARED.get_or_init(|| ["sources", "allowed", "profiles", "services", "translations"].map(new));
-    shared.iter().find(|name| name.as_str() == text).cloned().unwrap_or_else(|| new(text))
+    text.parse().unwrap_or_else(|_| unreachable!("{text} is a name"))
 }
 
 fn chain(name_of: &str, rules: Vec<nf_tables::Rule>) -> (Part, Content) {
@@ -159,8 +155,8 @@ fn set(name_of: &str, set: Set, ranges: Ranges) -> (Part, Content) {
     (Part::Set(name(name_of)), Content::Set(Arc::new(Filled { set, ranges })))
 }
 
-fn element(set: &str, key: impl Into<ElementKey>, data: Data) -> (Part, Content) {
-    (Part::Element(name(set), key.into()), Content::Element(data))
+fn element(of: Map, key: impl Into<ElementKey>, data: Data) -> (Part, Content) {
+    (Part::Element(of, key.into()), Content::Element(data))
 }
 
 /// A whole program, to run packets through.
@@ -176,8 +172,8 @@ pub fn program<'a>(parts: impl IntoIterator<Item = (&'a Part, &'a Content)>) -> 
                 contents.ranges = filled.ranges.clone();
                 contents.widths = filled.set.key.widths();
             }
-            (Part::Element(name, key), Content::Element(data)) => {
-                let contents = program.sets.entry(name.clone()).or_default();
+            (Part::Element(map, key), Content::Element(data)) => {
+                let contents = program.sets.entry(map.name().clone()).or_default();
                 contents.elements.insert(key.to_vec(), data.clone());
             }
             _ => {}

@@ -442,10 +442,10 @@ fn dangling(holds: &Seen) -> BTreeSet<Key> {
         };
         match (part, content) {
             (Part::Table, _) => true,
-            (Part::Element(set, _), Some(Content::Element(Data::Verdict(verdict)))) => {
-                has(Part::Set(set.clone())) && leads(verdict)
+            (Part::Element(map, _), Some(Content::Element(Data::Verdict(verdict)))) => {
+                has(Part::Set(map.name().clone())) && leads(verdict)
             }
-            (Part::Element(set, _), _) => has(Part::Set(set.clone())),
+            (Part::Element(map, _), _) => has(Part::Set(map.name().clone())),
             (Part::Chain(_), Some(Content::Chain(chain))) => {
                 has(Part::Table) && chain.rules.iter().all(|rule| rule.expressions.iter().all(stands))
             }

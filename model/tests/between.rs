@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use weft_model::asg::PortRange;
 use weft_model::cell::{Cell, Change, Object, Outcome};
 use weft_model::firewall::explain::{Probe, Route, Verdict, explain};
-use weft_model::firewall::{Content, Part, program};
+use weft_model::firewall::{Content, Map, Part, program};
 use weft_model::policy::turns::Turns;
 use weft_model::policy::{Policies, Policy, PolicyTag, by_app};
 use weft_model::profile::Transport;
@@ -69,11 +69,11 @@ impl Held {
 
     /// The rules are what they were, none in a chain that is new; what is in maps is what it will be, but for those that
     /// packets were looked up in before.
-    fn in_between(&self, changes: &[&Change], before: &[&str]) -> Self {
+    fn in_between(&self, changes: &[&Change], before: &[Map]) -> Self {
         let mut between = self.clone();
         for change in changes {
             match (change.key.part().expect("of the firewall"), change.was.is_some()) {
-                (Part::Element(map, _), _) if before.contains(&map.as_str()) => {}
+                (Part::Element(map, _), _) if before.contains(map) => {}
                 (Part::Element(..), _) => between.change(change),
                 (Part::Chain(name), false) => {
                     let base = None;
@@ -116,7 +116,12 @@ impl Scene {
     fn step(&mut self, mut during: impl FnMut(&Self, Held)) {
         let step = self.cell.diff();
         for changes in step.firewall.phases() {
-            for before in [&[][..], &["allowed"], &["allowed", "sources"], &["allowed", "sources", "apps"]] {
+            for before in [
+                &[][..],
+                &[Map::Allowed],
+                &[Map::Allowed, Map::Sources],
+                &[Map::Allowed, Map::Sources, Map::Apps],
+            ] {
                 during(self, self.held.in_between(&changes, before));
             }
             changes.iter().for_each(|change| self.held.change(change));

@@ -332,6 +332,7 @@ fn a_table_that_somebody_changed_is_repaired_and_the_next_add_works() {
             "add element inet weft leased { 10.0.0.77 }",
             "delete element inet weft metadata { 169.254.169.254 }",
             "add set inet weft intruder { type ipv4_addr ; flags interval ; }",
+            "add set inet weft intruder { type ipv4_addr ; elements = { 10.0.0.77 } ; }",
         ] {
             nft(command);
             // Whether it is told of it ...

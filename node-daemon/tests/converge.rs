@@ -160,7 +160,7 @@ impl Walker {
                 }
             }
             Accident::TableDeleted => drop(nft("delete table inet weft")),
-            Accident::FirewallDamaged(n) => drop(nft(match n % 8 {
+            Accident::FirewallDamaged(n) => drop(nft(match n % 9 {
                 0 => "flush chain inet weft egress",
                 1 => "flush map inet weft sources",
                 2 => "add rule inet weft forward accept",
@@ -168,6 +168,7 @@ impl Walker {
                 4 => "add element inet weft leased { 10.0.0.77 }",
                 5 => "flush set inet weft metadata",
                 6 => "add set inet weft intruder { type ipv4_addr ; flags timeout ; }",
+                7 => "add set inet weft intruder { type ipv4_addr ; elements = { 10.0.0.77 } ; }",
                 _ => "flush ruleset",
             })),
             Accident::LinkGone(n) => {

@@ -57,7 +57,7 @@ impl Cell {
                 (_, Some(_)) => drift.push(Drift::Differs(key.clone())),
                 (_, None) => drift.push(Drift::Unwanted(key.clone())),
             }
-            self.touched.insert(key);
+            self.touched.push(key);
         }
         if scope == Scope::Links {
             self.end_those_who_left(&seen);

@@ -70,8 +70,10 @@ struct Kept {
 }
 
 impl Roster {
-    /// Records that do not fit, such as the end of a container that is not there, change nothing.
-    pub fn apply(&mut self, record: &Record) {
+    /// Records that do not fit, such as the end of a container that is not there, change nothing. Returns the profiles that
+    /// count for some container since then, or for none any more.
+    pub fn apply(&mut self, record: &Record) -> Vec<Arc<Known>> {
+        let mut turned = Vec::new();
         match record {
             Record::Profile(known) => {
                 let kept = || Kept { known: Arc::clone(known), in_force: 0, passed: 0 };
@@ -79,9 +81,7 @@ impl Roster {
             }
             Record::Present(container) => {
                 if !self.containers.contains_key(&container.handle) && self.ipam.take(container.addr) {
-                    if let Some(kept) = container.profile.and_then(|digest| self.profiles.get_mut(&digest)) {
-                        kept.in_force += 1;
-                    }
+                    turned.extend(container.profile.and_then(|digest| self.take_up(digest)));
                     if let Some(kept) = container.passed.and_then(|digest| self.profiles.get_mut(&digest)) {
                         kept.passed += 1;
                     }
@@ -99,11 +99,11 @@ impl Roster {
             }
             Record::Assigned(handle, digest) => {
                 if let Some((container, _)) = self.containers.get_mut(handle)
-                    && let Some(kept) = self.profiles.get_mut(digest)
+                    && self.profiles.contains_key(digest)
                 {
-                    kept.in_force += 1;
                     let before = Arc::make_mut(container).profile.replace(*digest);
-                    self.let_go(before, |kept| &mut kept.in_force);
+                    turned.extend(self.take_up(*digest));
+                    turned.extend(self.let_go(before, |kept| &mut kept.in_force));
                 }
             }
             Record::Fitted(handle, mtu) => {
@@ -139,7 +139,7 @@ impl Roster {
                             self.by_space.remove(&container.owner.space_id);
                         }
                     }
-                    self.let_go(container.profile, |kept| &mut kept.in_force);
+                    turned.extend(self.let_go(container.profile, |kept| &mut kept.in_force));
                     self.let_go(container.passed, |kept| &mut kept.passed);
                 }
                 self.ipam.take(*addr);
@@ -155,17 +155,31 @@ impl Roster {
                 }
             }
         }
+        turned
     }
 
-    fn let_go(&mut self, digest: Option<Digest>, count: impl FnOnce(&mut Kept) -> &mut usize) {
-        let Some(digest) = digest else { return };
-        if let Some(kept) = self.profiles.get_mut(&digest) {
-            let count = count(kept);
-            *count = count.saturating_sub(1);
-            if (kept.in_force, kept.passed) == (0, 0) {
-                self.profiles.remove(&digest);
-            }
+    /// The profile counts for one container more. Returned if that is the first.
+    fn take_up(&mut self, digest: Digest) -> Option<Arc<Known>> {
+        let kept = self.profiles.get_mut(&digest)?;
+        kept.in_force += 1;
+        (kept.in_force == 1).then(|| Arc::clone(&kept.known))
+    }
+
+    /// One container less. Returned if that was the last.
+    fn let_go(
+        &mut self,
+        digest: Option<Digest>,
+        count: impl FnOnce(&mut Kept) -> &mut usize,
+    ) -> Option<Arc<Known>> {
+        let digest = digest?;
+        let kept = self.profiles.get_mut(&digest)?;
+        let count = count(kept);
+        *count = count.saturating_sub(1);
+        let last = (*count == 0).then(|| Arc::clone(&kept.known));
+        if (kept.in_force, kept.passed) == (0, 0) {
+            self.profiles.remove(&digest);
         }
+        last
     }
 
     pub fn profile(&self, digest: Digest) -> Option<&Arc<Known>> {

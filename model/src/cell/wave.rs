@@ -22,9 +22,12 @@ impl Cell {
         self.expect_peers_to_die_with_the_vtep();
         let mut step = Step::default();
         step.firewall.changes.reserve(self.touched.len());
-        for key in mem::take(&mut self.touched) {
+        let mut touched = mem::take(&mut self.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        for key in touched {
             if self.is_held_back(&key) {
-                self.touched.insert(key);
+                self.touched.push(key);
                 continue;
             }
             let (was, will) = (self.believed.get(&key), self.wanted.get(&key));
@@ -111,7 +114,7 @@ impl Cell {
         let dying: Vec<Key> = self.believed.keys().filter(|key| on_vtep(key)).cloned().collect();
         for key in dying {
             self.believed.insert(key.clone(), Belief::Unknown);
-            self.touched.insert(key);
+            self.touched.push(key);
         }
     }
 
@@ -132,7 +135,7 @@ impl Cell {
                 if !key.is_firewall() {
                     self.believed.insert(key.clone(), Belief::Unknown);
                 }
-                self.touched.insert(key.clone());
+                self.touched.push(key.clone());
                 faults.push(Fault { key: key.clone(), why: why.clone() });
                 continue;
             }
@@ -161,7 +164,7 @@ impl Cell {
         for (key, belief) in &mut self.believed {
             if matches!(key, Key::Peer(other) if other.gateway() == gone.gateway()) {
                 *belief = Belief::Unknown;
-                self.touched.insert(key.clone());
+                self.touched.push(key.clone());
             }
         }
     }

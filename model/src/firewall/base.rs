@@ -15,10 +15,10 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use nf_tables::{Base as Hooked, Chain, Data, Field, Hook, Key, Kind, Ranges, Rule, Set, Target};
+use nf_tables::{Base as Hooked, Chain, Data, Hook, Kind, Rule};
 
 use super::draft::{ESTABLISHED, INVALID, NEW, Part as Of, RELATED, TCP, UDP, rule};
-use super::{Content, Guard, INGRESS, INGRESS_CONNECTION, Part, Planned, REFUSED, chain, element, name, set};
+use super::{Content, Guard, INGRESS, INGRESS_CONNECTION, Map, Part, Planned, REFUSED, chain, element, name};
 use crate::address::DeviceName;
 use crate::cell::{CellConfig, OverlayIngress};
 use crate::policy::PolicyTag;
@@ -53,16 +53,16 @@ pub struct Base<'a> {
 
 pub fn base(base: &Base<'_>) -> Planned {
     let mut planned = vec![(Part::Table, Content::Table)];
-    planned.extend(maps());
+    planned.extend(Map::ALL.into_iter().filter(|map| *map != Map::Exposed).map(Map::declared));
     match (base.config.ingress, base.router) {
         (OverlayIngress::Off, _) | (OverlayIngress::Sent, None) => {}
-        (OverlayIngress::Taken, _) => planned.push(exposed()),
+        (OverlayIngress::Taken, _) => planned.push(Map::Exposed.declared()),
         (OverlayIngress::Sent, Some(tag)) => {
             planned.push(hooked("output", Kind::Filter, Hook::Output, BEFORE_IPTABLES, base.output(tag)));
         }
     }
-    planned.extend(METADATA.map(|addr| element("metadata", addr, Data::Nothing)));
-    planned.push(element("metadata", AZURE, Data::Nothing));
+    planned.extend(METADATA.map(|addr| element(Map::Metadata, addr, Data::Nothing)));
+    planned.push(element(Map::Metadata, AZURE, Data::Nothing));
     planned.extend([
         hooked("forward", Kind::Filter, Hook::Forward, BEFORE_IPTABLES, base.forward()),
         chain("sent", known("from-container")),
@@ -84,34 +84,6 @@ pub fn base(base: &Base<'_>) -> Planned {
     planned
 }
 
-/// Or a set, where the target is nothing.
-fn map(name: &str, key: Key, target: Target) -> (Part, Content) {
-    set(name, Set { key, target, ranges: false, dynamic: None }, Ranges::default())
-}
-
-/// Maps and sets that containers and peers enter.
-fn maps() -> Vec<(Part, Content)> {
-    let ipv4 = || Key::from([Field::Ipv4]);
-    vec![
-        map("sources", [Field::InterfaceIndex, Field::Ipv4].into(), Target::Value(vec![Field::Mark])),
-        map(
-            "allowed",
-            [Field::InterfaceIndex, Field::Ipv4, Field::Mark].into(),
-            Target::Value(vec![Field::Mark]),
-        ),
-        map("profiles", ipv4(), Target::Verdict),
-        map("services", ipv4(), Target::Verdict),
-        map("translations", ipv4(), Target::Verdict),
-        map("apps", ipv4(), Target::Verdict),
-        map("uninvited", ipv4(), Target::Verdict),
-        map("untagged", ipv4(), Target::Verdict),
-        map("invited", ipv4(), Target::Verdict),
-        map("ports", [Field::Port].into(), Target::Value(vec![Field::Ipv4, Field::Port])),
-        map("leased", ipv4(), Target::Nothing),
-        map("metadata", ipv4(), Target::Nothing),
-    ]
-}
-
 fn hooked(of: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> (Part, Content) {
     let base = Some(Hooked { kind, hook, priority });
     (Part::Chain(name(of)), Content::Chain(Arc::new(Chain { base, rules })))
@@ -120,10 +92,7 @@ fn hooked(of: &str, kind: Kind, hook: Hook, priority: i32, rules: Vec<Rule>) -> 
 /// dataplane.md, "Spoofed sources, IPv6". The mark says from here on that the sender is known, and carries its tag.
 fn known(next: &str) -> Vec<Rule> {
     vec![
-        rule("the link's own address")
-            .ipv4()
-            .mark_from(&name("sources"), &[Of::InIndex, Of::Source])
-            .goto(next),
+        rule("the link's own address").ipv4().mark_from(Map::Sources, &[Of::InIndex, Of::Source]).goto(next),
         rule("spoofed, not IPv4, or from no container").drop(),
     ]
 }
@@ -132,7 +101,7 @@ fn known(next: &str) -> Vec<Rule> {
 fn egress() -> Vec<Rule> {
     vec![
         rule("TCP that belongs to no connection").protocol(TCP).state(INVALID).drop(),
-        rule("what the container may").verdict_from(&name("profiles"), &[Of::Source]),
+        rule("what the container may").verdict_from(Map::Profiles, &[Of::Source]),
         rule("nothing is known of what it may").reject(),
     ]
 }
@@ -150,17 +119,12 @@ fn metadata() -> Vec<Rule> {
 
 /// dataplane.md, "To a container": whom no policy lets in.
 fn strangers() -> Vec<Rule> {
-    vec![rule("logged").verdict_from(&name("uninvited"), &[Of::Destination]), rule("no policy").reject()]
-}
-
-/// dataplane.md, "Overlay ingress": the ports of containers that routers reach.
-fn exposed() -> (Part, Content) {
-    map("exposed", Key::from([Field::Ipv4, Field::Port]), Target::Nothing)
+    vec![rule("logged").verdict_from(Map::Uninvited, &[Of::Destination]), rule("no policy").reject()]
 }
 
 /// dataplane.md, "To a container": whom a policy lets in. Led to only while that is logged.
 fn guests() -> Vec<Rule> {
-    vec![rule("logged").verdict_from(&name("invited"), &[Of::Destination]), rule("policy").let_in()]
+    vec![rule("logged").verdict_from(Map::Invited, &[Of::Destination]), rule("policy").let_in()]
 }
 
 impl Base<'_> {
@@ -183,7 +147,7 @@ impl Base<'_> {
         let before = |way| {
             rule("let out before by the rules of today, or an answer")
                 .out_by(way)
-                .mark_from(&name("allowed"), &[Of::InIndex, Of::Source, Of::ConnectionMark])
+                .mark_from(Map::Allowed, &[Of::InIndex, Of::Source, Of::ConnectionMark])
                 .accept()
         };
         self.ways.iter().filter(|way| **way != self.config.vtep_name).map(before).collect()
@@ -230,7 +194,7 @@ impl Base<'_> {
         match self.config.policy {
             true => vec![
                 rule("source of a policy").tagged().accept(),
-                rule("logged").verdict_from(&name("untagged"), &[Of::Source]),
+                rule("logged").verdict_from(Map::Untagged, &[Of::Source]),
                 rule("source of no policy").reject(),
             ],
             false => vec![rule("policies are disabled").accept()],
@@ -247,9 +211,9 @@ impl Base<'_> {
         }
         if let (OverlayIngress::Taken, Some(tag)) = (self.config.ingress, self.router) {
             let from = rule(ROUTERS).in_by(&self.config.vtep_name).tag(tag).ipv4().protocol(TCP);
-            rules.push(from.in_set(&name("exposed"), &[Of::Destination, Of::Port]).let_in());
+            rules.push(from.in_set(Map::Exposed.name(), &[Of::Destination, Of::Port]).let_in());
         }
-        rules.push(rule("policies of the app").ipv4().verdict_from(&name("apps"), &[Of::Destination]));
+        rules.push(rule("policies of the app").ipv4().verdict_from(Map::Apps, &[Of::Destination]));
         rules.push(rule("no policies").goto("strangers"));
         rules
     }
@@ -262,7 +226,7 @@ impl Base<'_> {
                 .protocol(UDP)
                 .port(self.config.vtep_port)
                 .ipv4()
-                .not_in_set(&name("leased"), &[Of::Source])
+                .not_in_set(Map::Leased.name(), &[Of::Source])
                 .drop(),
             rule("from another cell, new")
                 .in_by(&self.config.vtep_name)
@@ -280,7 +244,7 @@ impl Base<'_> {
         vec![
             rule("forged frames of the overlay").protocol(UDP).port(self.config.vtep_port).reject(),
             rule("established").state(ESTABLISHED | RELATED).accept(),
-            rule("what the cell offers").verdict_from(&name("services"), &[Of::Source]),
+            rule("what the cell offers").verdict_from(Map::Services, &[Of::Source]),
             rule("nothing is known of what it may").goto("refused-by-cell"),
         ]
     }
@@ -296,15 +260,14 @@ impl Base<'_> {
 
     /// dataplane.md, "To a mapped port".
     fn port_mapping(&self) -> Vec<Rule> {
-        let ports = name("ports");
         let to_cell = |comment| rule(comment).ipv4().destination(self.config.underlay.get()).protocol(TCP);
         let from_way = |way| {
             let came = rule("mapped port, from the underlay").in_by(way);
             let came = came.ipv4().destination(self.config.underlay.get()).protocol(TCP);
-            came.dnat_from(&ports, |rule| rule.mark_connection(INGRESS_CONNECTION).mark(INGRESS))
+            came.dnat_from(Map::Ports, |rule| rule.mark_connection(INGRESS_CONNECTION).mark(INGRESS))
         };
         let mut rules: Vec<Rule> = self.ways.iter().map(from_way).collect();
-        rules.push(to_cell("mapped port").dnat_from(&ports, |rule| rule));
+        rules.push(to_cell("mapped port").dnat_from(Map::Ports, |rule| rule));
         rules
     }
 
@@ -313,7 +276,7 @@ impl Base<'_> {
         vec![
             rule("to a container").out_by_link().accept(),
             rule("to another cell").out_by(&self.config.vtep_name).accept(),
-            rule("from a container").ipv4().verdict_from(&name("translations"), &[Of::Source]),
+            rule("from a container").ipv4().verdict_from(Map::Translations, &[Of::Source]),
         ]
     }
 }

@@ -8,7 +8,7 @@ use nf_tables::{
 };
 
 use crate::address::DeviceName;
-use crate::firewall::{ALLOWED, name};
+use crate::firewall::{ALLOWED, Map, name};
 use crate::policy::PolicyTag;
 use crate::policy::turns::Turn;
 
@@ -210,8 +210,8 @@ impl Draft {
     // === what is done ===
 
     /// Takes the packet's mark from a map.
-    pub(super) fn mark_from(self, map: &Name, parts: &[Part]) -> Self {
-        self.look_up(map, parts, Lookup::Data(FIRST)).add([Expression::SetMark { from: FIRST }])
+    pub(super) fn mark_from(self, map: Map, parts: &[Part]) -> Self {
+        self.look_up(map.name(), parts, Lookup::Data(FIRST)).add([Expression::SetMark { from: FIRST }])
     }
 
     pub(super) fn mark(self, mark: u32) -> Self {
@@ -296,16 +296,16 @@ impl Draft {
     }
 
     /// Goes where the map says; goes on if the key is not there.
-    pub(super) fn verdict_from(self, map: &Name, parts: &[Part]) -> Rule {
-        self.look_up(map, parts, Lookup::Verdict).rule
+    pub(super) fn verdict_from(self, map: Map, parts: &[Part]) -> Rule {
+        self.look_up(map.name(), parts, Lookup::Verdict).rule
     }
 
     /// To the address and port that the map has for the packet's port; goes on if it has none. `before` is done if it has.
-    pub(super) fn dnat_from(self, map: &Name, before: impl FnOnce(Self) -> Self) -> Rule {
+    pub(super) fn dnat_from(self, map: Map, before: impl FnOnce(Self) -> Self) -> Rule {
         // Behind what `before` works with.
         let (addr, port) = (Slot(4), Slot(5));
         let found = self.part(Part::Port, FIRST).add([Expression::Lookup {
-            set: map.clone(),
+            set: map.name().clone(),
             key: FIRST,
             then: Lookup::Data(addr),
         }]);

@@ -8,7 +8,7 @@ use nf_tables::{Data, Name, Verdict};
 use super::app::app_chain;
 use super::between::{invited_chain, uninvited_chain, untagged_chain};
 use super::profile::connection_mark;
-use super::{ALLOWED, Content, INGRESS_CONNECTION, Part, Planned, element, name};
+use super::{ALLOWED, Content, INGRESS_CONNECTION, Map, Part, Planned, element, name};
 use crate::address::UnderlayAddr;
 use crate::cell::CellConfig;
 use crate::container::Container;
@@ -20,16 +20,18 @@ use crate::profile::Known;
 /// itself.
 pub fn member(container: &Container, app: Option<&AppPolicies>) -> Planned {
     let addr = container.addr.get().octets();
-    let mut planned =
-        vec![element("sources", source(container), mark(app)), allowed(container, app, INGRESS_CONNECTION)];
+    let mut planned = vec![
+        element(Map::Sources, source(container), mark(app)),
+        allowed(container, app, INGRESS_CONNECTION),
+    ];
     if let (Some(guid), true) = (container.owner.app(), app.is_some_and(|app| !app.inbound.is_empty())) {
-        planned.push(element("apps", addr, goto(&name(&app_chain(&guid)))));
+        planned.push(element(Map::Apps, addr, goto(&name(&app_chain(&guid)))));
     }
     planned.extend(container.ports.iter().map(|mapping| {
         let [high, low] = mapping.container.get().to_be_bytes();
         let [a, b, c, d] = addr;
         let to = [a, b, c, d, high, low, 0, 0];
-        element("ports", mapping.host.get().to_be_bytes(), Data::Value(to.into()))
+        element(Map::Ports, mapping.host.get().to_be_bytes(), Data::Value(to.into()))
     }));
     planned
 }
@@ -45,23 +47,23 @@ pub fn granted(
     log_c2c: bool,
 ) -> Planned {
     let addr = container.addr.get().octets();
-    let own = |set: &str, data| element(set, addr, data);
+    let own = |of, data| element(of, addr, data);
     let chains = known.chains();
     let mut planned = vec![
-        own("profiles", goto(&chains.egress)),
+        own(Map::Profiles, goto(&chains.egress)),
         allowed(container, app, connection_mark(known.digest(), config.vtep_port)),
-        own("services", goto(&chains.services)),
-        own("translations", goto(&chains.translation)),
+        own(Map::Services, goto(&chains.services)),
+        own(Map::Translations, goto(&chains.translation)),
     ];
     let settings = &known.profile().settings;
     if settings.log_all || log_c2c {
         let per_sec = settings.denied_logs_per_sec.get();
-        planned.push(own("uninvited", goto(&name(&uninvited_chain(per_sec)))));
-        planned.push(own("untagged", goto(&name(&untagged_chain(per_sec)))));
+        planned.push(own(Map::Uninvited, goto(&name(&uninvited_chain(per_sec)))));
+        planned.push(own(Map::Untagged, goto(&name(&untagged_chain(per_sec)))));
     }
     if log_c2c {
         let per_sec = settings.accepted_udp_logs_per_sec.get();
-        planned.push(own("invited", goto(&name(&invited_chain(per_sec)))));
+        planned.push(own(Map::Invited, goto(&name(&invited_chain(per_sec)))));
     }
     planned
 }
@@ -90,7 +92,7 @@ fn allowed(container: &Container, app: Option<&AppPolicies>, connection: u32) ->
     let mut key = [0; 12];
     key[..8].copy_from_slice(&source(container));
     key[8..].copy_from_slice(&connection.to_ne_bytes());
-    element("allowed", key, mark(app))
+    element(Map::Allowed, key, mark(app))
 }
 
 /// The elements that let the overlay's routers in: to the ports that its app offers, and to those that are mapped, as a
@@ -103,15 +105,15 @@ pub fn exposed(container: &Container) -> Planned {
         let ([a, b, c, d], [high, low]) = (addr, port.get().to_be_bytes());
         [a, b, c, d, high, low, 0, 0]
     };
-    ports.into_iter().map(|port| element("exposed", key(port), Data::Nothing)).collect()
+    ports.into_iter().map(|port| element(Map::Exposed, key(port), Data::Nothing)).collect()
 }
 
 /// The element that lets a cell's frames in.
 pub fn leased(underlay: UnderlayAddr) -> Planned {
-    vec![element("leased", underlay.get().octets(), Data::Nothing)]
+    vec![element(Map::Leased, underlay.get().octets(), Data::Nothing)]
 }
 
 /// Whether a part says whose frames are taken: while the lease table is not known, those stay as they are.
 pub fn is_leased(part: &Part) -> bool {
-    matches!(part, Part::Element(set, _) if set.as_str() == "leased")
+    matches!(part, Part::Element(Map::Leased, _))
 }

@@ -10,7 +10,7 @@ use super::draft::{Draft, INVALID, NEW, Part as Of, TCP, UDP, UNTRACKED, rule};
 use super::layers::{Layer, Shape, layers};
 use super::limits::{Limit, Lines, rate_limit};
 use super::settings::{services_chain, translation_chain};
-use super::{Content, Filled, Part, Planned, chain, joined, name, set};
+use super::{Content, Filled, Map, Part, Planned, chain, joined, name, set};
 use crate::cell::CellConfig;
 use crate::profile::{Digest, Known, Profile, Workload};
 
@@ -104,7 +104,9 @@ impl This<'_> {
         rules.extend(self.rate(planned));
         if settings.deny_cloud_metadata {
             rules.push(
-                rule("cloud metadata").in_set(&name("metadata"), &[Of::Destination]).jump("metadata-rules"),
+                rule("cloud metadata")
+                    .in_set(Map::Metadata.name(), &[Of::Destination])
+                    .jump("metadata-rules"),
             );
         }
         rules.extend(self.deny_networks(planned));

@@ -16,7 +16,7 @@ use nf_tables::decode::{self, Body, Found, Message, Object as There, Place, Refu
 use nf_tables::{Chain, Data, Name, Ranges, Set, request};
 use nix::libc::{EAGAIN, ECANCELED, EINTR, ENOENT, ERESTART};
 use weft_model::cell::{Belief, Change, Firewall, Key, Object, Seen};
-use weft_model::firewall::{Content, ElementKey, Filled, Limit, Lines, Part, TABLE};
+use weft_model::firewall::{Content, ElementKey, Filled, Limit, Lines, Map, Part, TABLE};
 use weft_model::reason::Reason;
 use weft_model::traffic::Totals;
 
@@ -306,8 +306,10 @@ fn see_chains(chains: Vec<There>, rules: Vec<There>, seen: &mut Seen) {
     }
 }
 
-/// The set as it was declared, with its ranges; its single elements are parts of their own.
+/// The set as it was declared, with its ranges; a map's elements are parts of their own. Those of a set that is none of our
+/// maps go with it.
 fn see_set(name: &Name, set: Set, elements: Vec<There>, seen: &mut Seen) -> Belief {
+    let map = Map::with_name(name);
     let stride = set.key.len();
     let mut ranges: BTreeSet<(Vec<u8>, Vec<u8>)> = BTreeSet::new();
     for there in elements {
@@ -319,8 +321,9 @@ fn see_set(name: &Name, set: Set, elements: Vec<There>, seen: &mut Seen) -> Beli
                 }
                 Ok(Found { key, end: None, data, .. }) if !set.ranges => {
                     let Some(key) = ElementKey::new(&key) else { return Belief::Unknown };
-                    let part = Part::Element(name.clone(), key);
-                    seen.insert(Key::Firewall(part), holds(Content::Element(data)));
+                    if let Some(map) = map {
+                        seen.insert(Key::Firewall(Part::Element(map, key)), holds(Content::Element(data)));
+                    }
                 }
                 _ => return Belief::Unknown,
             }

@@ -117,7 +117,7 @@ impl<'a> Item<'a> {
 
     fn element(&self, content: &'a Content) -> Option<Element<'a>> {
         match (self.part, content) {
-            (Part::Element(name, key), Content::Element(data)) => Some((self.key, name, (&**key, data))),
+            (Part::Element(map, key), Content::Element(data)) => Some((self.key, map.name(), (&**key, data))),
             _ => None,
         }
     }
