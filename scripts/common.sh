@@ -3,11 +3,16 @@
 # standard error only, so that a script's standard output stays its own.
 
 set -euo pipefail
+shopt -s inherit_errexit
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}
 # Where scripts/build puts the programs, and where the tests look for them.
 export WEFT_BIN_DIR=${WEFT_BIN_DIR:-$CARGO_TARGET_DIR/bin}
+
+# What the programs and tests are told in the environment.
+passed_on=(CARGO_TARGET_DIR WEFT_BIN_DIR WEFT_FLOOD_ADDS WEFT_FLOOD_RESTARTS WEFT_KILLS WEFT_PACKETS WEFT_PAIRS
+    WEFT_REGENERATE WEFT_SCRIPTS WEFT_SEED WEFT_WALKS PROPTEST_CASES NO_COLOR)
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -16,8 +21,7 @@ fail() { say "$*"; exit 1; }
 become_root() {
     [ "$(id -u)" = 0 ] && return
     command -v sudo >/dev/null || fail "needs root (network namespaces); run it as root"
-    exec sudo --preserve-env=CARGO_TARGET_DIR,WEFT_BIN_DIR,WEFT_PACKETS,WEFT_SEEDS,WEFT_PAIRS,WEFT_SCRIPTS,PROPTEST_CASES,NO_COLOR \
-        -- "$root/scripts/${0##*/}" "$@"
+    exec sudo --preserve-env="$(IFS=, && echo "${passed_on[*]}")" -- "$root/scripts/${0##*/}" "$@"
 }
 
 # need PROGRAM PACKAGE [PROGRAM PACKAGE ...]: installs the packages whose program (a command, or a file named by
@@ -50,6 +54,28 @@ need() {
 
 # What every build needs besides Rust: a linker, C for SQLite and ring, libc.a for the static CNI client.
 need_compiler() { need cc gcc '/usr/lib/*/libc.a' libc6-dev; }
+
+# What tests execute and compare with, and a compiler.
+need_for_tests() {
+    need ip iproute2 ping iputils-ping nft nftables iptables iptables tcpdump tcpdump conntrack conntrack \
+        '/usr/lib/postgresql/*/bin/postgres' postgresql \
+        containerd containerd runc runc busybox busybox-static /usr/lib/cni/tuning containernetworking-plugins
+    need_compiler
+}
+
+# prepare_tests DIRECTORY: compiles all tests, by whom the target directory belongs to; what root runs them by is in the
+# directory then, and the runner's path is printed.
+prepare_tests() {
+    if ! as_build_user cargo nextest --version >/dev/null 2>&1; then
+        say "installing cargo-nextest, once"
+        as_build_user cargo install --locked cargo-nextest >&2
+    fi
+    chmod 755 "$1"
+    as_build_user cargo nextest list --workspace --release --locked --list-type binaries-only \
+        --message-format json >"$1/binaries"
+    as_build_user cargo metadata --format-version 1 --locked >"$1/metadata"
+    as_build_user bash -c 'command -v cargo-nextest'
+}
 
 # Whose toolchain and target directory are used: who called sudo, if the checkout is theirs.
 build_user() {

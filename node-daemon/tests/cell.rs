@@ -285,7 +285,8 @@ fn whichever_change_of_an_add_fails_nothing_is_left_and_the_next_one_works() {
             }
             world.empty().await;
         }
-        world.add(3, namespace()).await.unwrap();
+        let kept = namespace();
+        world.add(3, kept.try_clone().unwrap()).await.unwrap();
         assert_eq!(links(), 1);
     });
 }
@@ -333,6 +334,7 @@ fn a_table_that_somebody_changed_is_repaired_and_the_next_add_works() {
             "delete element inet weft metadata { 169.254.169.254 }",
             "add set inet weft intruder { type ipv4_addr ; flags interval ; }",
             "add set inet weft intruder { type ipv4_addr ; elements = { 10.0.0.77 } ; }",
+            LEADS_ELSEWHERE,
         ] {
             nft(command);
             // Whether it is told of it ...
@@ -376,6 +378,10 @@ fn table() -> String {
     words.sort_unstable();
     words.join("\n")
 }
+
+/// A map of somebody's, whose element leads to somebody's chain.
+const LEADS_ELSEWHERE: &str = "add chain inet weft intruder ; add map inet weft intruders { type ipv4_addr : verdict ; \
+    elements = { 10.0.0.77 : goto intruder } ; }";
 
 async fn wait_for(done: impl Fn() -> bool, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -492,7 +498,8 @@ fn without_a_lease_or_fenced_nothing_is_added_and_what_is_there_stays() {
 fn the_log_of_traffic_between_containers_is_switched_at_once() {
     within(async || {
         let world = World::start(own_lease()).await;
-        world.add(1, namespace()).await.unwrap();
+        let kept = namespace();
+        world.add(1, kept.try_clone().unwrap()).await.unwrap();
         let logs = || {
             let output = Command::new("nft").args(["list", "table", "inet", "weft"]).output().unwrap();
             String::from_utf8(output.stdout).unwrap().contains("weft:denied-c2c")

@@ -160,7 +160,7 @@ impl Walker {
                 }
             }
             Accident::TableDeleted => drop(nft("delete table inet weft")),
-            Accident::FirewallDamaged(n) => drop(nft(match n % 9 {
+            Accident::FirewallDamaged(n) => drop(nft(match n % 10 {
                 0 => "flush chain inet weft egress",
                 1 => "flush map inet weft sources",
                 2 => "add rule inet weft forward accept",
@@ -169,6 +169,10 @@ impl Walker {
                 5 => "flush set inet weft metadata",
                 6 => "add set inet weft intruder { type ipv4_addr ; flags timeout ; }",
                 7 => "add set inet weft intruder { type ipv4_addr ; elements = { 10.0.0.77 } ; }",
+                8 => {
+                    "add chain inet weft intruder ; add map inet weft intruders { type ipv4_addr : verdict ; \
+                     elements = { 10.0.0.77 : goto intruder } ; }"
+                }
                 _ => "flush ruleset",
             })),
             Accident::LinkGone(n) => {

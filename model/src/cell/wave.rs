@@ -21,10 +21,10 @@ impl Cell {
     pub fn diff(&mut self) -> Step {
         self.expect_peers_to_die_with_the_vtep();
         let mut step = Step::default();
-        step.firewall.changes.reserve(self.touched.len());
         let mut touched = mem::take(&mut self.touched);
         touched.sort_unstable();
         touched.dedup();
+        step.firewall.changes.reserve(touched.len());
         for key in touched {
             if self.is_held_back(&key) {
                 self.touched.push(key);

@@ -1,4 +1,4 @@
-//! The maps and sets that containers and cells enter one by one: their names, and what is looked up in them.
+//! The maps and sets whose elements come and go one by one: their names, and what is looked up in them.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -24,6 +24,8 @@ pub enum Map {
     Leased,
     Metadata,
 }
+
+const _: () = assert!(Map::ALL.len() == Map::Metadata as usize + 1, "all are there, in their order");
 
 impl Map {
     pub const ALL: [Self; 13] = [

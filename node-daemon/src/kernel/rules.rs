@@ -20,10 +20,8 @@ use weft_model::firewall::{Content, ElementKey, Filled, Limit, Lines, Map, Part,
 use weft_model::reason::Reason;
 use weft_model::traffic::Totals;
 
-use super::socket::open;
+use super::socket::{READ, open};
 
-/// A dump's messages are at most 32 KiB each.
-const READ: usize = 64 << 10;
 /// How often a dump is begun anew that was disturbed by changes, and a transaction that another's came before.
 const TRIES: usize = 20;
 /// Changes that are refused are left out and the others tried again, so often.

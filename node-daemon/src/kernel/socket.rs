@@ -20,7 +20,7 @@ use nix::sys::time::TimeVal;
 const BATCH: usize = 512;
 const BUFFER: usize = 4 << 20;
 /// A dump returns at most 32 KiB at once, whatever is offered; notifications are shorter.
-const READ: usize = 32 << 10;
+pub(super) const READ: usize = 32 << 10;
 /// An acknowledgement, or one object: sockets that live for one container need no more.
 const ANSWER: usize = 8 << 10;
 /// How often a dump is begun anew that was disturbed by changes.

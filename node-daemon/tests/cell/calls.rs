@@ -101,7 +101,8 @@ fn check_finds_damage_of_the_cells_end_and_of_rules() {
 fn a_delete_of_another_interface_is_not_ours() {
     within(async || {
         let world = World::start(own_lease()).await;
-        world.add(1, namespace()).await.unwrap();
+        let kept = namespace();
+        world.add(1, kept.try_clone().unwrap()).await.unwrap();
         let again = world.add(1, namespace()).await;
         assert!(matches!(again, Err(Reason::AlreadyAdded { .. })), "{again:?}");
         world.inbox.delete(walk::handle(1), "eth1".parse().unwrap()).await.unwrap();
@@ -249,7 +250,8 @@ fn a_full_subnet_takes_another_as_soon_as_one_leaves() {
 fn those_who_are_there_have_names() {
     within(async || {
         let world = World::start(own_lease()).await;
-        let addr = world.add(1, namespace()).await.unwrap();
+        let kept = namespace();
+        let addr = world.add(1, kept.try_clone().unwrap()).await.unwrap();
         let named = |names: &Directory| names.present(addr).map(|container| container.handle.clone());
         wait_for(|| named(&world.names) == Some(walk::handle(1)), "its name").await;
         let world = world.restart(own_lease()).await;

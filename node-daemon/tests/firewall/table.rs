@@ -61,12 +61,12 @@ pub(crate) struct Row {
     pub(crate) expect: Expect,
 }
 
-/// What silk's table of the same classes has and this one not, and why.
-pub(crate) const LEFT_OUT: &[(&str, &str)] = &[
-    ("container to container, a policy names source, protocol and port", "no policies exist yet"),
-    ("container to another cell, it is the source of a policy", "no policies exist yet"),
-    ("the tag of the source in frames of the overlay", "no policies exist yet"),
-    ("lines of the log", "they are read where the log is written"),
+/// What silk's table of the same classes has and this one not, and which of the testbed's tests check it.
+pub(crate) const ELSEWHERE: &[(&str, &str)] = &[
+    ("container to container, a policy names source, protocol and port", "`policies`"),
+    ("container to another cell, it is the source of a policy", "`policies`"),
+    ("the tag of the source in frames of the overlay", "`policies`"),
+    ("lines of the log", "`firewall`"),
 ];
 
 /// With policies.

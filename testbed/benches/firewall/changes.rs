@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use weft_model::asg::EgressRule;
 use weft_model::asg::garden::parse;
 use weft_model::cell::Step;
-use weft_model::profile::Known;
+use weft_model::profile::{Digest, Known, Settings, Workload};
+use weft_node::profiles::{Passed, Profiles};
 use weft_testbed::interrupt;
 
 use super::bed::{alike, garden};
@@ -18,6 +19,8 @@ use crate::common::machine::progress;
 
 /// Lists of containers that are there without having to do with what is measured.
 const OTHER_LISTS: u32 = 10;
+/// Bytes of JSON from which on the plugin names a list by its digest (docs/cni.md).
+const NAMED: usize = 16 << 10;
 /// Containers that a changed group is used by, and all that are there.
 const USERS: usize = 50;
 const PRESENT: usize = 250;
@@ -46,7 +49,7 @@ pub(super) struct Row {
     pub(super) present: usize,
     /// Garden's JSON made rules.
     pub(super) decode_ms: Figure,
-    /// Rules made a profile that has a name: its digest.
+    /// Rules made a profile that has a name, its digest; or found among those that were.
     pub(super) known_ms: Figure,
     /// Edits, the layers of a list that is new, difference, and belief afterwards.
     pub(super) plan_ms: Figure,
@@ -109,8 +112,11 @@ struct Add {
     rules: usize,
     present: usize,
     measured: Measured,
+    profiles: Profiles,
     /// A list that nobody has, and one that somebody has; in JSON.
     lists: [(&'static str, Vec<u8>); 2],
+    /// The second one's digest, if the plugin names it so and does not send it.
+    named: Option<Digest>,
     samples: [Rounds<Sample>; 2],
     bytes: [usize; 2],
 }
@@ -142,9 +148,13 @@ impl Add {
         let (new, known) = (list(1, rules, Ports::Usual), list(2, rules, Ports::Usual));
         let json = |rules: &[EgressRule]| garden(rules).to_string().into_bytes();
         let lists = [("new", json(&new)), ("known", json(&known))];
-        measured.bed.add(alike("holder", 1, &Arc::new(profile(known).into())))?;
+        let profiles = Profiles::default();
+        let held = measured.bed.runtime.block_on(profiles.get(passed(&lists[1].1), &handle("holder")?))?;
+        measured.bed.add(alike("holder", 1, &held))?;
         others(&mut measured.bed, present, rules)?;
-        Ok(Self { rules, present, measured, lists, samples: Default::default(), bytes: [0; 2] })
+        let named = (lists[1].1.len() > NAMED).then(|| Digest::of_bytes(&lists[1].1));
+        let (samples, bytes) = Default::default();
+        Ok(Self { rules, present, measured, profiles, lists, named, samples, bytes })
     }
 
     fn round(&mut self, repeat: usize) -> Result<()> {
@@ -163,15 +173,40 @@ impl Add {
     fn once(&mut self, which: usize) -> Result<(Sample, usize)> {
         let mut sample = Sample::default();
         let begin = Spent::now()?;
-        let parsed = parse(&self.lists[which].1).map_err(|why| anyhow::anyhow!("{why}"))?;
-        let decoded = Spent::now()?;
-        let known: Arc<Known> = Arc::new(profile(parsed.rules).into());
-        sample.decode = decoded.since(begin);
-        sample.known = Spent::now()?.since(decoded);
+        let known = if which == 0 {
+            let parsed = parse(&self.lists[which].1).map_err(|why| anyhow::anyhow!("{why}"))?;
+            let decoded = Spent::now()?;
+            let known: Arc<Known> = Arc::new(profile(parsed.rules).into());
+            sample.decode = decoded.since(begin);
+            sample.known = Spent::now()?.since(decoded);
+            known
+        } else {
+            let found = self.find()?;
+            sample.known = Spent::now()?.since(begin);
+            found
+        };
         let (cost, bytes) = self.measured.come_and_go(wanted("added", "eth0", known)?)?;
         sample.cost = cost;
         Ok((sample, bytes))
     }
+
+    /// The profile of the list that somebody has, as the node finds it.
+    fn find(&self) -> Result<Arc<Known>> {
+        match self.named {
+            Some(rules) => {
+                let found = self.profiles.known(Workload::Running, &Settings::default(), rules);
+                found.context("a list that somebody has is not known")
+            }
+            None => {
+                let (passed, whose) = (passed(&self.lists[1].1), handle("added")?);
+                Ok(self.measured.bed.runtime.block_on(self.profiles.get(passed, &whose))?)
+            }
+        }
+    }
+}
+
+fn passed(rules: &[u8]) -> Passed {
+    Passed { workload: Workload::Running, settings: Settings::default(), net_out_rules: rules.to_vec() }
 }
 
 // === change ===

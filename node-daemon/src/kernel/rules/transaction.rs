@@ -70,14 +70,15 @@ pub(super) fn transaction<'a>(
             batch.replace_rules(key, name, &[]);
         }
     }
-    for Item { key, part, .. } in items.iter().filter(gone) {
-        if let Part::Chain(name) = part {
-            batch.delete_chain(key, name);
-        }
-    }
+    // With them go the elements of others' maps, which may lead to chains.
     for Item { key, part, .. } in items.iter().filter(gone) {
         if let Part::Set(name) = part {
             batch.delete_set(key, name);
+        }
+    }
+    for Item { key, part, .. } in items.iter().filter(gone) {
+        if let Part::Chain(name) = part {
+            batch.delete_chain(key, name);
         }
     }
     batch.finish()
