@@ -41,7 +41,7 @@ enum Command {
     /// Show what the daemon on this cell holds. Exit status 1 if it does not answer, or cannot add containers.
     Status(Ask),
     /// Say what becomes of a connection, which rule decides, and whose it is: by the program that runs in the kernel.
-    /// Exit status 0 if it is allowed, 2 if it is refused or dropped, 1 if there is no answer.
+    /// Exit status 0 if it is allowed, 2 if it is refused or dropped, 1 if there is no answer or it was asked wrongly.
     Explain {
         /// A container's handle, or an IPv4 address.
         #[arg(long, value_name = "HANDLE|IP")]
@@ -72,7 +72,15 @@ const WORKERS: usize = 4;
 const NOT_ALLOWED: u8 = 2;
 
 fn main() -> ExitCode {
-    let done = match Arguments::parse().command {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        // clap would end with the status of a connection that is refused.
+        Err(misused) => {
+            let _ = misused.print();
+            return if misused.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    let done = match arguments.command {
         Command::Run { config } => start(&config).map(|()| ExitCode::SUCCESS),
         Command::Status(ask) => show(&ask),
         Command::Explain { from, to, ask } => explain(from, to, &ask),

@@ -110,7 +110,7 @@ pub fn text(status: &StatusResponse) -> String {
         status.table_age_seconds
     );
     line("controller", &age);
-    line("overlay", &format!("{}, MTU {}, {} peers", status.vtep, status.mtu, status.peers.len()));
+    line("overlay", &format!("{}, MTU {}, peers: {}", status.vtep, status.mtu, status.peers.len()));
     if let Some(server) = &status.policy_server {
         let age = |seconds: Option<u64>| {
             seconds.map_or_else(|| "unknown".into(), |s| format!("confirmed {s} s ago"))
